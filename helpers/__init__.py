@@ -1,0 +1,1 @@
+"""Helpers of the USegMix book: one module a stage of the method."""

@@ -1,0 +1,433 @@
+"""Typed, frozen chapter parameters: a notebook's parameters cell becomes one checked object.
+
+Papermill only warns about a parameter that no cell knows, and never checks types or ranges.
+Here every chapter has a pydantic model; :func:`read` collects the plain variables of the notebook,
+checks all of them before anything runs, and names each mistake with its value, reason and fix.
+
+The models carry no defaults on purpose: the parameters cell of each notebook is the one place that
+holds them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+__all__ = [
+    "CHAPTERS",
+    "COMMON",
+    "Common",
+    "build",
+    "known",
+    "names",
+    "read",
+    "show",
+    "torch_device",
+    "unknown",
+]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+#: Lists in the parameters cell are stored as tuples, so that a configuration is immutable.
+Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+#: Data sets that are read from a folder the user names.
+NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate")
+
+
+class Common(BaseModel):
+    """Parameters that every chapter has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run: Annotated[str, Field(min_length=1, description="name of the run folder in data/runs")]
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of every random draw")]
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_folder_name(cls, value: str) -> str:
+        if value.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in value):
+            raise ValueError("should be a folder name of letters, digits, '-', '_' and '.'")
+        return value
+
+
+class WithDevice(Common):
+    """Parameters of the chapters that run a network."""
+
+    device: Annotated[
+        str,
+        Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:0, mps"),
+    ]
+
+
+# --- one model a chapter --------------------------------------------------------------------------
+# A name belongs to one chapter only (tests check it); later chapters read it from the run with
+# ``stage.parameters``. The parameters cell of the notebook lists exactly the names of its model.
+
+
+class Tissue(Common):
+    """00 tissue."""
+
+    dataset: Annotated[
+        Literal["phantom", "ihc", "folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist"],
+        Field(description="data set that the run studies"),
+    ]
+    data_root: Annotated[
+        str | None, Field(description="folder of the data set, where it needs one")
+    ]
+    companion: Annotated[
+        Literal["ihc"] | None, Field(description="real image that goes along beside the data set")
+    ]
+    image_size: Annotated[
+        int, Field(ge=32, le=4096, description="side of the square images, pixels")
+    ]
+    train_per_class: Annotated[Positive | None, Field(description="training images a class")]
+    val_per_class: Annotated[Natural | None, Field(description="validation images a class")]
+    test_per_class: Annotated[Natural | None, Field(description="test images a class, same site")]
+    test2_per_class: Annotated[Natural | None, Field(description="test images a class, other site")]
+
+    @model_validator(mode="after")
+    def _root_is_given(self) -> Tissue:
+        if self.dataset in NEED_ROOT and not self.data_root:
+            raise ValueError(
+                f"dataset={self.dataset!r} is read from a folder, but data_root is "
+                f"{self.data_root!r}: give the folder, e.g. make book DATASET={self.dataset} "
+                "DATA_ROOT=PATH"
+            )
+        return self
+
+
+class SuperpixelPrompting(WithDevice):
+    """01 superpixel prompting."""
+
+    n_segments: Annotated[int, Field(ge=2, le=2000, description="superpixels asked for, N_s")]
+    compactness: Annotated[PositiveFloat, Field(description="SLIC weight of space against colour")]
+    sigma: Annotated[NonNegative, Field(description="SLIC smoothing, pixels")]
+    n_points: Annotated[int, Field(ge=1, le=1000, description="prompts a superpixel, K")]
+    sam_checkpoint: Annotated[
+        str, Field(min_length=1, description="small, vit_b, vit_l, vit_h, or a file")
+    ]
+    points_per_batch: Annotated[Positive, Field(description="prompts decoded at once")]
+    mask_choice: Annotated[
+        Literal["best", "smallest", "middle", "largest"],
+        Field(description="which of the three masks of an ambiguous prompt"),
+    ]
+    n_shown: Annotated[Positive, Field(description="images whose proposals are shown")]
+
+
+class AnchorClustering(WithDevice):
+    """02 anchor clustering."""
+
+    distance_threshold: Annotated[
+        PositiveFloat, Field(description="cluster threshold, relative to the image side")
+    ]
+    linkage: Annotated[
+        Literal["average", "complete", "single"], Field(description="agglomerative linkage")
+    ]
+    iou_duplicate: Annotated[Fraction, Field(description="IoU from which two masks are the same")]
+    iou_merge: Annotated[Fraction, Field(description="IoU from which two anchors are one segment")]
+    min_area: Annotated[Fraction, Field(description="smallest segment, fraction of the image")]
+
+
+class PcaPooling(WithDevice):
+    """03 PCA pooling."""
+
+    extractor: Annotated[Literal["lite0", "ctranspath"], Field(description="feature network")]
+    extractor_path: Annotated[str | None, Field(description="file of its weights, if any")]
+    background: Annotated[
+        Literal["keep", "white", "mean"], Field(description="what a crop shows outside its mask")
+    ]
+    n_components: Annotated[Positive, Field(description="features kept by PCA, p")]
+
+
+class ProbabilisticReplacement(Common):
+    """04 probabilistic replacement."""
+
+    exclude_own_image: Annotated[bool, Field(description="never draw from the target's own image")]
+    refuse_border: Annotated[bool, Field(description="refuse segments cut by the image border")]
+    placement: Annotated[Literal["moments", "boxes"], Field(description="affine transform from")]
+    scale_min: Annotated[PositiveFloat, Field(description="smallest scale of the transform")]
+    scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
+    stain: Annotated[
+        Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
+    ]
+    band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
+    area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
+    area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
+    n_composites: Annotated[Positive, Field(description="composites made a class")]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProbabilisticReplacement:
+        for low, high in (("scale_min", "scale_max"), ("area_min", "area_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: "
+                    f"lower {low} or raise {high}"
+                )
+        return self
+
+
+class SdeMcgInpainting(WithDevice):
+    """05 SDE and MCG inpainting."""
+
+    latent_checkpoint: Annotated[
+        str, Field(min_length=1, description="small, or a CompVis checkpoint")
+    ]
+    method: Annotated[Literal["mcg", "projection", "repaint"], Field(description="sampler")]
+    steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps")]
+    eta: Annotated[Fraction, Field(description="noise of a DDIM step: 0 none, 1 ancestral")]
+    alpha: Annotated[NonNegative, Field(description="weight of the MCG gradient")]
+    inpaint_batch: Annotated[Positive, Field(description="images inpainted at once")]
+
+
+class Synthesis(WithDevice):
+    """06 synthesis."""
+
+    n_per_class: Annotated[Ints, Field(description="synthetic images a class, one set each")]
+    synthesis_steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps of an image")]
+
+
+class ClassifierEvaluation(WithDevice):
+    """07 classifier evaluation."""
+
+    classifiers: Annotated[Names, Field(description="networks compared")]
+    epochs: Annotated[Positive, Field(description="epochs of each training")]
+    batch_size: Annotated[Positive, Field(description="images a step")]
+    classifier_image_size: Annotated[int, Field(ge=32, le=2048, description="input side, pixels")]
+    n_seeds: Annotated[Positive, Field(description="trainings a cell of the table")]
+    n_bootstrap: Annotated[Positive, Field(description="bootstrap resamples by patient")]
+
+
+class TrainingSam(WithDevice):
+    """A1 training SAM."""
+
+    sam_steps: Annotated[Positive, Field(description="optimiser steps of the toy run")]
+    sam_batch: Annotated[Positive, Field(description="images a step of the toy run")]
+
+
+class TrainingLatentDiffusion(WithDevice):
+    """A2 training the latent diffusion model."""
+
+    autoencoder_steps: Annotated[Positive, Field(description="autoencoder steps of the toy run")]
+    unet_steps: Annotated[Positive, Field(description="UNet steps of the toy run")]
+    latent_batch: Annotated[Positive, Field(description="images a step of the toy run")]
+
+
+#: Chapters in the order in which they run, and the model of each one's parameters.
+CHAPTERS: dict[str, type[Common]] = {
+    "00_tissue": Tissue,
+    "01_superpixel_prompting": SuperpixelPrompting,
+    "02_anchor_clustering": AnchorClustering,
+    "03_pca_pooling": PcaPooling,
+    "04_probabilistic_replacement": ProbabilisticReplacement,
+    "05_sde_mcg_inpainting": SdeMcgInpainting,
+    "06_synthesis": Synthesis,
+    "07_classifier_evaluation": ClassifierEvaluation,
+    "A1_training_sam": TrainingSam,
+    "A2_training_latent_diffusion": TrainingLatentDiffusion,
+}
+
+#: Names that several chapters share; every other name belongs to exactly one chapter.
+COMMON = tuple(WithDevice.model_fields)
+
+_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+_NOT_A_PARAMETER = (types.ModuleType, type)
+
+
+def names(chapter: str) -> tuple[str, ...]:
+    """Parameter names of one chapter, in the order of its model."""
+    return tuple(_model(chapter).model_fields)
+
+
+def known() -> tuple[str, ...]:
+    """Parameter names of all chapters, each once."""
+    return tuple(dict.fromkeys(name for chapter in CHAPTERS for name in names(chapter)))
+
+
+def unknown(given: Iterable[str]) -> list[str]:
+    """One line for each name that no chapter has, with the nearest known name."""
+    lines = []
+    for name in given:
+        if name not in known():
+            near = difflib.get_close_matches(name, known(), n=1, cutoff=0.6)
+            hint = f"did you mean `{near[0]}`?" if near else "see `make parameters`"
+            lines.append(f"{name}: no chapter has a parameter of this name; {hint}")
+    return lines
+
+
+def build(chapter: str, values: Mapping[str, Any]) -> Common:
+    """Check `values` and return the frozen parameters of `chapter`.
+
+    Parameters
+    ----------
+    chapter : str
+        Name of the chapter, e.g. ``"05_sde_mcg_inpainting"``.
+    values : mapping of str to object
+        At least every parameter of the chapter. Names that belong to other chapters are left out,
+        so that one preset serves all chapters.
+
+    Returns
+    -------
+    Common
+        The chapter's model, immutable.
+
+    Raises
+    ------
+    ValueError
+        Names every wrong parameter with its value, the reason and a fix.
+    """
+    model = _model(chapter)
+    problems = []
+    for line in unknown(values):
+        name = line.split(":", 1)[0]
+        problems.append(f"{name} = {values[name]!r}: {line.split(': ', 1)[1]}")
+    own = {name: value for name, value in values.items() if name in model.model_fields}
+    params = None
+    try:
+        params = model(**own)
+    except ValidationError as error:
+        problems += [_explain(model, problem) for problem in error.errors()]
+    if problems:
+        count = "1 parameter is" if len(problems) == 1 else f"{len(problems)} parameters are"
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(
+            f"chapter {chapter}: {count} wrong.{lines}\n"
+            "Correct the parameters cell, the preset file or the -p option that set it; "
+            "nothing has been run or changed."
+        ) from None
+    return params
+
+
+def read(chapter: str, namespace: Mapping[str, Any]) -> Common:
+    """Turn the plain variables of a notebook into the chapter's frozen parameters.
+
+    Call it with ``globals()`` right after the parameters cell: modules, functions, classes, names
+    that start with an underscore and IPython's own names are no parameters.
+
+    Parameters
+    ----------
+    chapter : str
+        Name of the chapter.
+    namespace : mapping of str to object
+        The notebook's ``globals()``.
+
+    Returns
+    -------
+    Common
+        The chapter's model, immutable.
+
+    Raises
+    ------
+    ValueError
+        As :func:`build`.
+    """
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in _IPYTHON
+        and not isinstance(value, _NOT_A_PARAMETER)
+        and not callable(value)
+    }
+    return build(chapter, values)
+
+
+def show(params: Common) -> None:
+    """Display the parameters of a chapter as a small table: name, value, meaning."""
+    from IPython.display import display
+
+    display(_Table(params))
+
+
+def torch_device(device: str) -> str:
+    """Device that ``"auto"`` stands for here: ``cuda`` if there is one, else ``cpu``.
+
+    Raises
+    ------
+    ValueError
+        If the device asked for is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r}, but torch sees no GPU here: use device='auto' or 'cpu'"
+        )
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps', but torch sees none here: use device='auto' or 'cpu'")
+    return device
+
+
+def _model(chapter: str) -> type[Common]:
+    if chapter not in CHAPTERS:
+        near = difflib.get_close_matches(chapter, CHAPTERS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(CHAPTERS)}"
+        raise ValueError(f"no chapter is called {chapter!r}: {hint}")
+    return CHAPTERS[chapter]
+
+
+def _explain(model: type[Common], problem: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: name, value, reason, meaning of the parameter."""
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not problem["loc"]:
+        return reason
+    name = str(problem["loc"][0])
+    label = name + "".join(f"[{part}]" for part in problem["loc"][1:] if isinstance(part, int))
+    meaning = model.model_fields[name].description
+    if problem["type"] == "missing":
+        return f"{name}: the parameters cell does not set it ({meaning})"
+    value = problem["input"]
+    if problem["type"] == "float_type" and isinstance(value, str):
+        reason += "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3"
+    return f"{label} = {value!r}: {reason} ({meaning})"
+
+
+class _Table:
+    """Parameters as a table, in HTML for notebooks and as text elsewhere."""
+
+    def __init__(self, params: Common) -> None:
+        self.rows = [
+            (name, repr(getattr(params, name)), field.description or "")
+            for name, field in type(params).model_fields.items()
+        ]
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name, _, _ in self.rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value, _ in self.rows)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(v)}</code></td>"
+            f"<td>{html.escape(d)}</td></tr>"
+            for n, v, d in self.rows
+        )
+        head = "<tr><th>parameter</th><th>value</th><th>meaning</th></tr>"
+        return (
+            f'<table class="table parameters"><thead>{head}</thead><tbody>{cells}</tbody></table>'
+        )

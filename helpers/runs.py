@@ -1,0 +1,531 @@
+"""The run folder: artefacts, results and provenance of every chapter.
+
+A run is a folder ``data/runs/<run>/`` with one folder a chapter.
+A chapter works in a hidden sibling, ``.<chapter>.partial``, which takes its place when the chapter
+calls :meth:`Stage.finish`: a chapter that fails halfway leaves what it made before untouched, and
+a chapter that was killed finds its half-done work again if nothing before it has changed.
+
+Every finished chapter holds
+
+``results.json``
+    The numbers it reports: sorted keys, 6 significant digits, no timings, so that the same seed
+    gives the same bytes.
+``params.json``
+    The parameters it ran with.
+``manifest.json``
+    Parameters, SHA-256 of the inputs it read, of the helper code and of the weights it used,
+    library versions, seconds, peak memory.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import platform
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers import config
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+__all__ = ["NEEDS", "Failed", "Stage", "begin", "closure", "dump", "up_to_date", "weights"]
+
+#: Root of the repository.
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+#: What each chapter needs finished before it can run.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "00_tissue": (),
+    "01_superpixel_prompting": ("00_tissue",),
+    "02_anchor_clustering": ("00_tissue", "01_superpixel_prompting"),
+    "03_pca_pooling": ("00_tissue", "02_anchor_clustering"),
+    "04_probabilistic_replacement": ("00_tissue", "03_pca_pooling"),
+    "05_sde_mcg_inpainting": ("00_tissue", "04_probabilistic_replacement"),
+    "06_synthesis": ("00_tissue", "03_pca_pooling", "04_probabilistic_replacement",
+                     "05_sde_mcg_inpainting"),
+    "07_classifier_evaluation": ("00_tissue", "06_synthesis"),
+    "A1_training_sam": (),
+    "A2_training_latent_diffusion": (),
+}  # fmt: skip
+
+_VERSIONS = (
+    "diffusers", "matplotlib", "numpy", "opencv-python-headless", "pandas", "scikit-image",
+    "scikit-learn", "scipy", "segment-anything", "timm", "torch", "torchvision",
+)  # fmt: skip
+
+
+class Failed(RuntimeError):
+    """A chapter, or the build of the book, stopped with an error."""
+
+
+def root() -> Path:
+    """Folder of all runs: ``data/runs``, or ``$USEGMIX_RUNS`` where that is set."""
+    return Path(os.environ.get("USEGMIX_RUNS") or REPOSITORY / "data" / "runs")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it over `path` when the block succeeds.
+
+    The temporary name keeps the suffix, so that writers which look at it behave the same.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield tmp
+        if not tmp.exists():
+            raise FileNotFoundError(f"nothing was written to {tmp.name} for {path.name}")
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically: sorted keys, floats of 6 significant digits, no NaN.
+
+    Raises
+    ------
+    TypeError
+        For a value that JSON cannot hold, with its key.
+    """
+    text = json.dumps(_plain(value, "results"), indent=2, sort_keys=True, ensure_ascii=False)
+    with replacing(path) as tmp:
+        tmp.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Python's own types for numpy's, dictionaries with text keys, rounded floats."""
+    if value is None or isinstance(value, str | bool | np.bool_):
+        return bool(value) if isinstance(value, np.bool_) else value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(f"{float(value):.6g}") if math.isfinite(float(value)) else None
+    if isinstance(value, Mapping):
+        return {str(_key(key)): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist(), where)
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Path):
+        raise TypeError(f"{where} is a path ({value}): results are the same on every machine")
+    raise TypeError(f"{where} is a {type(value).__name__}: give numbers, text, lists, dictionaries")
+
+
+def _key(key: Any) -> Any:
+    return key.item() if isinstance(key, np.generic) else key
+
+
+# --- hashes --------------------------------------------------------------------------------------
+
+
+class _Hashes:
+    """SHA-256 of files, remembered by size and modification time."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int, int], str] = {}
+
+    def file(self, path: Path) -> str:
+        stat = path.stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns)
+        if key not in self._seen:
+            with path.open("rb") as stream:
+                self._seen[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._seen[key]
+
+    def folder(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        for item in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{item.relative_to(path).as_posix()} {self.file(item)}\n".encode())
+        return digest.hexdigest()
+
+    def any(self, path: Path) -> str | None:
+        if path.is_dir():
+            return self.folder(path)
+        return self.file(path) if path.exists() else None
+
+
+_hashes = _Hashes()
+
+
+def _listing(folder: Path) -> str:
+    """Digest of names, sizes and times of the files of a data folder: fast for any size."""
+    digest = hashlib.sha256()
+    for item in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = item.stat()
+        line = f"{item.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def notebook(chapter: str) -> Path:
+    """Source notebook of a chapter."""
+    return REPOSITORY / "notebooks" / f"{chapter}.ipynb"
+
+
+def code(chapter: str) -> str:
+    """Code cells of a chapter's notebook, joined; IPython's ``%`` and ``!`` lines are left out."""
+    cells = json.loads(notebook(chapter).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    lines = "\n\n".join(sources).split("\n")
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+
+
+def _imported(source: str) -> set[str]:
+    """Modules of ``helpers`` that a piece of code imports, wherever it does so."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = f"helpers.{base}".rstrip(".")
+            dotted = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in dotted if name.startswith("helpers.")}
+    return {name for name in found if (REPOSITORY / "helpers" / f"{name}.py").exists()}
+
+
+def closure(chapter: str) -> dict[str, str]:
+    """Helper modules that a chapter's code imports, directly or through others, with SHA-256.
+
+    Returns
+    -------
+    dict of str to str
+        Module name, e.g. ``"superpixels"``, to the hash of its source file.
+    """
+    todo, found = {"runs", "config"} | _imported(code(chapter)), {}
+    while todo:
+        name = todo.pop()
+        path = REPOSITORY / "helpers" / f"{name}.py"
+        found[name] = _hashes.file(path)
+        todo |= _imported(path.read_text(encoding="utf-8")) - set(found)
+    return dict(sorted(found.items()))
+
+
+def weights(chapter: str) -> dict[str, str]:
+    """Weight files of ``data/weights`` that a chapter's helpers or code name, with SHA-256."""
+    sources = [code(chapter)] + [
+        (REPOSITORY / "helpers" / f"{name}.py").read_text(encoding="utf-8")
+        for name in closure(chapter)
+    ]
+    text = "\n".join(sources)
+    files = sorted((REPOSITORY / "data" / "weights").glob("*.safetensors"))
+    return {path.name: _hashes.file(path) for path in files if path.stem in text}
+
+
+# --- a chapter at work ---------------------------------------------------------------------------
+
+
+def begin(chapter: str, params: config.Common) -> Stage:
+    """Open the run folder for a chapter.
+
+    Parameters
+    ----------
+    chapter : str
+        Name of the chapter.
+    params : Common
+        Its checked parameters, from :func:`helpers.config.read`.
+
+    Returns
+    -------
+    Stage
+        Where the chapter reads its inputs and writes its artefacts.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a chapter that this one builds on has not been finished in this run; the message gives
+        the command that does it.
+    """
+    return Stage(chapter, params)
+
+
+class Stage:
+    """One chapter in one run: its inputs, artefacts, random numbers and results.
+
+    Attributes
+    ----------
+    chapter, run : str
+        Names of the chapter and of the run.
+    params : Common
+        Parameters of the chapter.
+    """
+
+    def __init__(self, chapter: str, params: config.Common) -> None:
+        if type(params) is not config.CHAPTERS.get(chapter):
+            raise TypeError(f"params of {chapter!r} should come from config.read({chapter!r}, ...)")
+        self.chapter, self.params, self.run = chapter, params, params.run
+        self.folder = root() / params.run
+        self._final = self.folder / chapter
+        self._start, self._timings, self._inputs = time.perf_counter(), {}, {}
+        for need in NEEDS[chapter]:
+            self._finished(need)
+        self._finished_now = False
+        self._open()
+
+    # reading
+
+    def input(self, chapter: str, name: str) -> Path:
+        """Path of an artefact of another chapter (a file, or a folder of files).
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is not there; the message names the chapter to run.
+        """
+        self._finished(chapter)
+        path = self.folder / chapter / name
+        if not path.exists():
+            raise FileNotFoundError(
+                f"run {self.run!r}: chapter {chapter} has written no {name!r}, which "
+                f"{self.chapter} needs. {self._how(chapter)}"
+            )
+        self._inputs.setdefault(f"{chapter}/{name}", path)
+        return path
+
+    def results(self, chapter: str) -> dict[str, Any]:
+        """Numbers that another chapter of this run has reported."""
+        return json.loads(self.input(chapter, "results.json").read_text(encoding="utf-8"))
+
+    def parameters(self, chapter: str) -> config.Common:
+        """Parameters that another chapter of this run was run with."""
+        values = json.loads(self.input(chapter, "params.json").read_text(encoding="utf-8"))
+        return config.build(chapter, values)
+
+    def records(self) -> pd.DataFrame:
+        """Images of the run, one row each: ``00_tissue/images.csv``, text columns as text."""
+        return self._records.copy()
+
+    def image(self, image_id: str) -> np.ndarray:
+        """One image of the run.
+
+        Returns
+        -------
+        (H, W, 3) uint8 ndarray
+        """
+        from PIL import Image
+
+        with Image.open(self._picture("images", image_id)) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def instances(self, image_id: str) -> np.ndarray | None:
+        """Ground-truth gland instances of one image, or None where the data set has none.
+
+        Returns
+        -------
+        (H, W) int32 ndarray or None
+            0 is background.
+        """
+        from PIL import Image
+
+        self._finished("00_tissue")
+        path = self.folder / "00_tissue" / "instances" / f"{image_id}.png"
+        if not path.exists():
+            return None
+        self._inputs.setdefault("00_tissue/instances", path.parent)
+        with Image.open(path) as picture:
+            return np.asarray(picture).astype(np.int32)
+
+    # writing
+
+    def path(self, name: str) -> Path:
+        """Where the artefact `name` of this chapter lies; its folder exists."""
+        path = (self._final if self._finished_now else self._partial) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield a temporary path that becomes the artefact `name` when the block succeeds."""
+        with replacing(self.path(name)) as tmp:
+            yield tmp
+
+    def timing(self, name: str, seconds: float) -> None:
+        """Record how long a part took; timings go to the manifest, never to the results."""
+        self._timings[name] = float(seconds)
+
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Write results and manifest, and put the chapter's folder in its place.
+
+        Parameters
+        ----------
+        results : mapping
+            Numbers, text, lists and dictionaries of them; numpy types are fine. NaN and infinity
+            become null. No timings and no paths: the same seed gives the same bytes.
+
+        Returns
+        -------
+        dict
+            The results as written.
+        """
+        dump(self._partial / "results.json", results)
+        dump(self._partial / "manifest.json", self._manifest())
+        (self._partial / ".key").unlink(missing_ok=True)
+        old = self._final.with_name(f".{self.chapter}.old")
+        if self._final.exists():
+            os.replace(self._final, old)
+        os.replace(self._partial, self._final)
+        shutil.rmtree(old, ignore_errors=True)
+        self._finished_now = True
+        return json.loads((self._final / "results.json").read_text(encoding="utf-8"))
+
+    # random numbers
+
+    def rng(self, *key: Any) -> np.random.Generator:
+        """Random generator that depends on the seed, the chapter and `key` only."""
+        return np.random.default_rng(self._seed(key))
+
+    def generator(self, *key: Any) -> torch.Generator:
+        """Torch generator (CPU) that depends on the seed, the chapter and `key` only."""
+        import torch
+
+        state = self._seed(key).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    # inside
+
+    def _seed(self, key: tuple[Any, ...]) -> np.random.SeedSequence:
+        words = [zlib.crc32(str(part).encode()) for part in (self.chapter, *key)]
+        return np.random.SeedSequence([self.params.seed, *words])
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{self.chapter}.partial"
+
+    @cached_property
+    def _records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        text = dict.fromkeys(("image_id", "label", "split", "patient", "site", "dataset"), str)
+        table = pd.read_csv(self.input("00_tissue", "images.csv"), dtype=text)
+        return table.set_index("image_id", drop=False).rename_axis(None)
+
+    def _picture(self, folder: str, image_id: str) -> Path:
+        self._finished("00_tissue")
+        path = self.folder / "00_tissue" / folder / f"{image_id}.png"
+        if not path.exists():
+            raise KeyError(f"run {self.run!r} has no image {image_id!r} (see 00_tissue/images.csv)")
+        self._inputs.setdefault(f"00_tissue/{folder}", path.parent)
+        return path
+
+    def _finished(self, chapter: str) -> None:
+        if chapter == self.chapter:
+            return
+        if not (self.folder / chapter / "manifest.json").exists():
+            raise FileNotFoundError(
+                f"run {self.run!r} has no finished chapter {chapter}, which {self.chapter} builds "
+                f"on. {self._how(chapter)}"
+            )
+
+    def _how(self, chapter: str) -> str:
+        return f"Run it first: python -m helpers.execute --run {self.run} --only {chapter}"
+
+    def _open(self) -> None:
+        """Take up half-done work of the same parameters and predecessors, or start afresh."""
+        old = self._final.with_name(f".{self.chapter}.old")
+        if old.exists() and not self._final.exists():  # killed between the two moves of finish
+            os.replace(old, self._final)
+        manifests = [self.folder / need / "manifest.json" for need in NEEDS[self.chapter]]
+        state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
+        key = hashlib.sha256("\n".join(state).encode()).hexdigest()
+        mark = self._partial / ".key"
+        if not (mark.exists() and mark.read_text() == key):
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            mark.write_text(key)
+        dump(self._partial / "params.json", self.params.model_dump(mode="json"))
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "chapter": self.chapter,
+            "run": self.run,
+            "params": self.params.model_dump(mode="json"),
+            "inputs": {name: _hashes.any(path) for name, path in sorted(self._inputs.items())},
+            "data": _data(self.params),
+            "helpers": closure(self.chapter) if notebook(self.chapter).exists() else {},
+            "weights": weights(self.chapter) if notebook(self.chapter).exists() else {},
+            "versions": _versions(),
+            "seconds": time.perf_counter() - self._start,
+            "timings": self._timings,
+            "peak_memory_gb": peak_memory(),
+        }
+
+
+def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str]:
+    """Whether a chapter of a run would give again what it has given, and if not, why.
+
+    Compares parameters, helper code, weights, and every input that the chapter read, by hash.
+
+    Returns
+    -------
+    (bool, str)
+        The verdict and its reason, in words fit for a log line.
+    """
+    folder = root() / run
+    path = folder / chapter / "manifest.json"
+    if not path.exists():
+        return False, "not run yet"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        old = config.build(chapter, manifest["params"])
+    except (ValueError, KeyError):
+        return False, "recorded with other parameters"
+    changed = [n for n in type(params).model_fields if getattr(params, n) != getattr(old, n)]
+    if changed:
+        return False, f"{', '.join(changed)} changed"
+    if manifest.get("data") != _data(params):
+        return False, "data folder changed"
+    for kind, now in (("helpers", closure(chapter)), ("weights", weights(chapter))):
+        before = manifest.get(kind, {})
+        different = sorted(n for n in {*now, *before} if now.get(n) != before.get(n))
+        if different:
+            return False, f"{kind} changed: {', '.join(different)}"
+    for name, digest in manifest["inputs"].items():
+        if _hashes.any(folder / name) != digest:
+            return False, f"input changed: {name}"
+    return True, "up to date"
+
+
+def peak_memory() -> float:
+    """Largest memory this process has held so far, in GB (10**9 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _data(params: config.Common) -> str | None:
+    folder = getattr(params, "data_root", None)
+    return _listing(Path(folder)) if folder and Path(folder).is_dir() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
