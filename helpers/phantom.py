@@ -1,0 +1,1065 @@
+"""Procedural histology: tissue drawn from rules, with exact ground truth.
+
+A phantom is composed the way a slide is made.
+Glands, cells and fibres are laid out in micrometres; each structure takes up a density of
+haematoxylin, eosin or DAB; light is then absorbed by the dyes (Beer-Lambert law) and recorded
+by a scanner with blur, uneven illumination and sensor noise.
+
+Everything is deterministic in the arguments of :func:`render`; no global random state is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+GRADES: dict[str, tuple[str, ...]] = {
+    "colon": ("benign", "well", "moderate", "poor"),
+    "prostate": ("benign", "gleason3", "gleason4", "gleason5"),
+}
+
+SITES: tuple[str, ...] = ("A", "B")
+
+#: Optical density per unit of dye (rows: haematoxylin, eosin; columns: red, green, blue).
+STAIN_HE = np.array([[0.47, 0.84, 0.27], [0.07, 0.97, 0.23]])
+#: Optical density per unit of dye (rows: haematoxylin, DAB; columns: red, green, blue).
+STAIN_IHC = np.array([[0.74, 0.56, 0.37], [0.30, 0.55, 0.78]])
+
+_MARGIN = 14.0  # micrometres drawn beyond the field and cut off, so that nothing knows the border
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One rendered field with its ground truth.
+
+    Attributes
+    ----------
+    image : (H, W, 3) uint8 ndarray
+        The field as a scanner would record it.
+    glands : (H, W) int32 ndarray
+        Gland (or tumour nest) instances, 0 = none, 1..n without gaps.
+    lumen : (H, W) bool ndarray
+        Gland lumina; always inside ``glands``.
+    nuclei : (H, W) int32 ndarray
+        Nucleus instances of all cells, 0 = none, 1..n without gaps.
+    grade, organ : str
+        See :data:`GRADES`.
+    patient : int
+        Fixes the stain matrix and the size and darkness of the nuclei, within a seed and a site.
+    site : str
+        "A" or "B": laboratory and scanner.
+    index : int
+        Number of the field.
+    microns_per_pixel : float
+        Edge of one output pixel in micrometres.
+    """
+
+    image: np.ndarray
+    glands: np.ndarray
+    lumen: np.ndarray
+    nuclei: np.ndarray
+    grade: str
+    organ: str
+    patient: int
+    site: str
+    index: int
+    microns_per_pixel: float
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """Architecture of one grade. Lengths in micrometres, ranges as (low, high)."""
+
+    radius: tuple[float, float]
+    elongation: tuple[float, float]
+    spacing: float  # between gland centres, in units of the mean radius
+    gap: tuple[float, float]  # stroma left between neighbours
+    harmonics: float  # relative amplitude of the outline's angular harmonics
+    warp: float  # amplitude of the irregular displacement of outlines
+    thickness: tuple[float, float]  # epithelium, from basement membrane to lumen
+    rows: tuple[float, ...]  # depths of the rows of nuclei
+    row_jitter: float
+    nucleus: tuple[float, float]  # length and width
+    pitch: float  # distance of nuclei along a row
+    pleomorphism: float  # relative spread of nuclear size
+    chroma: float  # haematoxylin in the nuclei
+    cytoplasm: tuple[float, float]  # haematoxylin and eosin in the cell body
+    reach: float = 0.85  # share of the epithelium that nuclei occupy
+    align: float = 0.8  # 0 = glands point anywhere, 1 = all along one direction
+    drop: float = 0.0  # share of gland sites left empty
+    fuse: float = 0.0  # probability that neighbours fuse
+    cribriform: float = 0.0  # probability that a gland is filled and pierced by round lumina
+    solid: float = 0.0  # probability that a gland has no lumen
+    goblet: float = 0.0  # share of goblet cells
+    folds: float = 0.0  # relative depth of papillary infoldings of the lumen
+    basal: bool = False  # an outer row of flat basal cells
+    lymphocytes: float = 0.5  # in the stroma, 0..1
+    fibroblasts: float = 0.5
+    fibre: tuple[float, float] = (0.30, 0.20)  # eosin in the stroma: level and contrast
+    single_cells: float = 0.0  # tumour cells in the stroma that belong to no nest
+    debris: float = 0.2  # share of lumina with necrotic debris
+    mucin: float = 0.3  # share of lumina with mucin
+    retraction: float = 0.25  # white cleft between gland and stroma
+    nucleoli: float = 0.2
+    extras: dict = field(default_factory=dict)
+
+
+_SPECS: dict[tuple[str, str], _Spec] = {
+    ("colon", "benign"): _Spec(
+        radius=(33, 43), elongation=(1.0, 1.6), spacing=2.25, gap=(10, 18), harmonics=0.035,
+        warp=2.5, thickness=(23, 29), rows=(4.2, 7.5), row_jitter=1.0, nucleus=(7.0, 4.4), pitch=4.5,
+        pleomorphism=0.10, chroma=0.66, cytoplasm=(0.17, 0.24), align=0.95, goblet=0.92,
+        lymphocytes=0.85, fibroblasts=0.25, fibre=(0.20, 0.16), debris=0.0, mucin=0.9,
+        retraction=0.35, nucleoli=0.0,
+    ),
+    ("colon", "well"): _Spec(
+        radius=(34, 52), elongation=(1.15, 2.3), spacing=2.05, gap=(5, 10), harmonics=0.07,
+        warp=6, thickness=(23, 30), reach=0.62, rows=(5.0, 9.5, 13.5), row_jitter=2.2, nucleus=(10.5, 4.0),
+        pitch=4.9, pleomorphism=0.16, chroma=0.62, cytoplasm=(0.20, 0.34), align=0.7, goblet=0.12,
+        lymphocytes=0.55, fibroblasts=0.35, debris=0.25, mucin=0.4, retraction=0.3, nucleoli=0.1,
+    ),
+    ("colon", "moderate"): _Spec(
+        radius=(24, 56), elongation=(1.1, 2.4), spacing=2.2, gap=(8, 16), harmonics=0.13,
+        warp=11, thickness=(14, 19), rows=(5.0, 10.5), row_jitter=3.2, nucleus=(8.8, 5.6),
+        pitch=5.8, pleomorphism=0.22, chroma=0.58, cytoplasm=(0.20, 0.33), align=0.35, drop=0.05,
+        fuse=0.22, cribriform=0.45, solid=0.04, lymphocytes=0.35, fibroblasts=0.6,
+        fibre=(0.30, 0.22), debris=0.45, mucin=0.2, retraction=0.3, nucleoli=0.5,
+    ),
+    ("colon", "poor"): _Spec(
+        radius=(9, 28), elongation=(1.0, 3.2), spacing=2.15, gap=(3.5, 9), harmonics=0.16,
+        warp=10, thickness=(15, 20), rows=(5.0, 11.5, 18.0, 24.5), row_jitter=3.5,
+        nucleus=(8.6, 6.6), pitch=7.0, pleomorphism=0.30, chroma=0.56, cytoplasm=(0.20, 0.32),
+        align=0.5, drop=0.12, fuse=0.25, solid=0.82, lymphocytes=0.45, fibroblasts=0.75,
+        fibre=(0.30, 0.24), single_cells=0.35, debris=0.3, mucin=0.1, retraction=0.28,
+        nucleoli=0.8,
+    ),
+    ("prostate", "benign"): _Spec(
+        radius=(34, 66), elongation=(1.0, 1.7), spacing=2.25, gap=(14, 26), harmonics=0.10,
+        warp=8, thickness=(14, 18), rows=(8.5,), row_jitter=1.4, nucleus=(6.6, 5.4), pitch=5.8,
+        pleomorphism=0.10, chroma=0.60, cytoplasm=(0.10, 0.26), align=0.2, folds=0.55, basal=True,
+        lymphocytes=0.12, fibroblasts=0.6, fibre=(0.42, 0.20), debris=0.05, mucin=0.15,
+        retraction=0.15, nucleoli=0.0,
+    ),
+    ("prostate", "gleason3"): _Spec(
+        radius=(15, 27), elongation=(1.0, 1.45), spacing=2.45, gap=(6, 14), harmonics=0.06,
+        warp=4, thickness=(11, 15), rows=(5.0,), row_jitter=1.2, nucleus=(6.8, 6.0), pitch=6.3,
+        pleomorphism=0.14, chroma=0.60, cytoplasm=(0.15, 0.28), align=0.2, drop=0.06, solid=0.03,
+        lymphocytes=0.12, fibroblasts=0.55, fibre=(0.40, 0.20), debris=0.02, mucin=0.3,
+        retraction=0.25, nucleoli=0.7,
+    ),
+    ("prostate", "gleason4"): _Spec(
+        radius=(20, 58), elongation=(1.0, 1.6), spacing=1.95, gap=(4, 10), harmonics=0.12,
+        warp=9, thickness=(12, 16), rows=(5.0, 12.0), row_jitter=2.2, nucleus=(7.2, 6.4),
+        pitch=6.8, pleomorphism=0.18, chroma=0.60, cytoplasm=(0.17, 0.27), align=0.2, fuse=0.5,
+        cribriform=0.7, solid=0.1, lymphocytes=0.12, fibroblasts=0.55, fibre=(0.40, 0.20),
+        debris=0.05, mucin=0.2, retraction=0.35, nucleoli=0.8,
+    ),
+    ("prostate", "gleason5"): _Spec(
+        radius=(6, 26), elongation=(1.0, 3.6), spacing=2.0, gap=(3, 8), harmonics=0.16,
+        warp=9, thickness=(15, 20), rows=(4.5, 11.5, 18.5, 25.5), row_jitter=3.2,
+        nucleus=(7.8, 6.8), pitch=7.2, pleomorphism=0.28, chroma=0.60, cytoplasm=(0.17, 0.27),
+        align=0.6, drop=0.15, fuse=0.25, solid=0.97, lymphocytes=0.15, fibroblasts=0.6,
+        fibre=(0.40, 0.22), single_cells=0.9, debris=0.15, mucin=0.05, retraction=0.4,
+        nucleoli=0.85,
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------
+# Beer-Lambert
+# --------------------------------------------------------------------------------------------
+def normalise_stains(stains):
+    """Scale each stain vector to unit length.
+
+    Parameters
+    ----------
+    stains : (n, 3) array_like
+        Optical density of each dye in red, green and blue; not negative.
+
+    Returns
+    -------
+    (n, 3) float64 ndarray
+
+    Raises
+    ------
+    ValueError
+        If the shape is wrong, a value is negative or not finite, or a row is zero.
+    """
+    stains = np.asarray(stains, dtype=np.float64)
+    if stains.ndim != 2 or stains.shape[1] != 3:
+        raise ValueError(
+            f"stains has shape {stains.shape}, but one row of 3 optical densities (red, green, "
+            "blue) a dye is needed, for example (2, 3)."
+        )
+    norms = np.linalg.norm(stains, axis=1, keepdims=True)
+    if not np.isfinite(stains).all() or (stains < 0).any() or (norms == 0).any():
+        raise ValueError(
+            f"stains {stains.tolist()} must be finite and not negative with no zero row: "
+            "a dye absorbs light, it does not emit it."
+        )
+    return stains / norms
+
+
+def densities_to_rgb(densities, stains, *, white=255.0):
+    """Light that is left after the dyes: Beer-Lambert law.
+
+    ``I_c = I_0 * 10 ** -(sum_k densities_k * stains_kc)``
+
+    Parameters
+    ----------
+    densities : (H, W, n) array_like
+        Amount of each dye, in optical density units.
+    stains : (n, 3) array_like
+        Optical density of a unit of each dye in red, green and blue.
+    white : float
+        Intensity I_0 of the unstained slide.
+
+    Returns
+    -------
+    (H, W, 3) float32 ndarray
+        Intensities in [0, white]; not rounded.
+    """
+    od = np.asarray(densities, dtype=np.float32) @ np.asarray(stains, dtype=np.float32)
+    return np.float32(white) * np.exp(np.float32(-np.log(10.0)) * od)
+
+
+def rgb_to_od(image, *, white=255.0, floor=1.0):
+    """Optical density ``-log10(I / I_0)``.
+
+    Parameters
+    ----------
+    image : (..., 3) array_like
+        Intensities; values below `floor` are raised to it, since log 0 is infinite.
+    white : float
+        Intensity of the unstained slide.
+    floor : float
+        Smallest intensity that is trusted.
+
+    Returns
+    -------
+    (..., 3) float64 ndarray
+    """
+    return -np.log10(np.maximum(np.asarray(image, dtype=np.float64), floor) / white)
+
+
+def unmix(image, stains, *, white=255.0):
+    """Densities of the dyes by least squares in optical density space.
+
+    Parameters
+    ----------
+    image : (H, W, 3) array_like
+        Intensities.
+    stains : (n, 3) array_like
+        Stain vectors, n <= 3, linearly independent.
+    white : float
+        Intensity of the unstained slide.
+
+    Returns
+    -------
+    (H, W, n) float64 ndarray
+
+    References
+    ----------
+    Ruifrok and Johnston (2001), Quantification of histochemical staining by color deconvolution.
+    """
+    return rgb_to_od(image, white=white) @ np.linalg.pinv(np.asarray(stains, dtype=np.float64))
+
+
+def stain_matrix(*, seed=0, site="A", patient=0, stain="HE"):
+    """Stain vectors and strengths of one patient at one site.
+
+    Parameters
+    ----------
+    seed : int
+    site : {"A", "B"}
+    patient : int
+    stain : {"HE", "IHC"}
+
+    Returns
+    -------
+    (2, 3) float64 ndarray
+        Optical density of one unit of each dye; the length of a row is the dye's strength.
+    """
+    rng = _rng(seed, "stain", site, patient, stain)
+    base = normalise_stains(STAIN_HE if stain == "HE" else STAIN_IHC)
+    strength = np.ones(2)
+    if site == "B":  # another laboratory: bluer, weaker haematoxylin and a more orange eosin
+        shift = [[0.07, -0.05, 0.04], [-0.03, -0.03, 0.12]]
+        base = normalise_stains(np.clip(base + np.array(shift), 0.01, None))
+        strength = np.array([0.86, 0.78])
+    base = normalise_stains(np.clip(base + rng.normal(0, 0.03, (2, 3)), 0.01, None))
+    if stain == "HE":
+        strength = strength * [0.80, 0.82]
+    strength = strength * np.exp(rng.normal(0, [0.13, 0.20]))
+    return base * strength[:, None]
+
+
+# --------------------------------------------------------------------------------------------
+# Random fields and small geometry
+# --------------------------------------------------------------------------------------------
+def _rng(*key):
+    """Independent generator for a key of ints and strings."""
+    words = []
+    for part in key:
+        if isinstance(part, str):
+            words.append(int.from_bytes(part.encode()[:16].ljust(1, b"0"), "little") % (2**63))
+        else:
+            words.append(int(part))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+class _Canvas:
+    """The drawing surface: `shape` working pixels at `k` pixels a micrometre."""
+
+    def __init__(self, height_um, width_um, k):
+        self.k = float(k)
+        self.extent = (float(height_um), float(width_um))
+        self.shape = (max(8, round(height_um * k)), max(8, round(width_um * k)))
+        y = (np.arange(self.shape[0], dtype=np.float32) + 0.5) / self.k
+        x = (np.arange(self.shape[1], dtype=np.float32) + 0.5) / self.k
+        self.x, self.y = np.meshgrid(x, y)
+
+    def noise(self, rng, scale, *, shape=None):
+        """Smooth Gaussian-like noise, unit variance, `scale` micrometres between knots."""
+        h, w = self.extent
+        grid = rng.standard_normal((int(h / scale) + 4, int(w / scale) + 4)).astype(np.float32)
+        H, W = self.shape if shape is None else shape
+        # sample knots at absolute positions, so that the field does not depend on resolution
+        sy, sx = h / scale / H, w / scale / W
+        M = np.array([[sx, 0, 1 + 0.5 * sx - 0.5], [0, sy, 1 + 0.5 * sy - 0.5]], np.float32)
+        out = cv2.warpAffine(
+            grid, M, (W, H), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT,
+        )
+        return out * np.float32(1.35)
+
+    def at(self, image, points):
+        """Values of a working image at points in micrometres, (n, 2) XY."""
+        j = np.clip((points[:, 0] * self.k).astype(int), 0, self.shape[1] - 1)
+        i = np.clip((points[:, 1] * self.k).astype(int), 0, self.shape[0] - 1)
+        return image[i, j]
+
+    def blur(self, image, sigma):
+        """Gaussian blur, sigma in micrometres."""
+        return cv2.GaussianBlur(image, (0, 0), max(0.3, sigma * self.k))
+
+
+def _smoothstep(x, low, high):
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def _scatter(rng, extent, distance):
+    """Jittered triangular lattice of points, (n, 2) XY micrometres, slightly beyond the field."""
+    h, w = extent
+    dy = distance * 0.866
+    rows, cols = int(h / dy) + 3, int(w / distance) + 3
+    jj, ii = np.meshgrid(np.arange(cols), np.arange(rows))
+    x = (jj + 0.5 * (ii % 2) - 1 + rng.uniform(-0.3, 0.3, jj.shape) + rng.uniform()) * distance
+    y = (ii - 1 + rng.uniform(-0.3, 0.3, jj.shape) + rng.uniform()) * dy
+    return np.stack([x.ravel(), y.ravel()], 1)
+
+
+def _thin(points, sizes, angles, widths, *, overlap=0.8):
+    """Keep-mask that drops later nuclei overlapping earlier ones (ellipses, approximate)."""
+    keep = np.ones(len(points), bool)
+    if len(points) < 2:
+        return keep
+    pairs = cKDTree(points).query_pairs(float(np.quantile(sizes, 0.98)), output_type="ndarray")
+    if not len(pairs):
+        return keep
+    a, b = pairs.min(1), pairs.max(1)
+    d = points[b] - points[a]
+    c, s = np.cos(angles[a]), np.sin(angles[a])
+    u = (d[:, 0] * c + d[:, 1] * s) / (0.5 * (sizes[a] + sizes[b]))
+    v = (-d[:, 0] * s + d[:, 1] * c) / (0.5 * (widths[a] + widths[b]))
+    hit = np.hypot(u, v) < overlap
+    order = np.lexsort((b[hit], a[hit]))
+    for i, j in zip(a[hit][order].tolist(), b[hit][order].tolist(), strict=True):
+        if keep[i]:
+            keep[j] = False
+    return keep
+
+
+# --------------------------------------------------------------------------------------------
+# Architecture
+# --------------------------------------------------------------------------------------------
+def _gland_fields(canvas, rng, spec):
+    """Lay out gland outlines.
+
+    Each gland is a closed curve with angular harmonics; neighbours yield to one another along
+    the line of equal level, which packs them without overlap.
+
+    Returns
+    -------
+    labels : (H, W) int32, inside : (H, W) bool, kinds : dict of per-gland arrays
+    """
+    h, w = canvas.extent
+    step = 1.6
+    gh, gw = int(np.ceil(h / step)) + 1, int(np.ceil(w / step)) + 1
+    gy, gx = np.mgrid[:gh, :gw].astype(np.float32)
+    gx, gy = gx * (w / (gw - 1)), gy * (h / (gh - 1))
+    scale = float(np.mean(spec.radius))
+    for s, amp in ((scale * 1.2, 1.0), (scale * 0.5, 0.35)):
+        gx = gx + spec.warp * amp * canvas.noise(rng, s, shape=gx.shape)
+        gy = gy + spec.warp * amp * canvas.noise(rng, s, shape=gx.shape)
+    direction = rng.uniform(0, np.pi)
+    stretch = np.sqrt(np.mean(spec.elongation))
+    c, s = np.cos(direction), np.sin(direction)
+    diag = np.hypot(h, w) * 1.1
+    lattice = _scatter(rng, (diag, diag), spec.spacing * scale) - diag / 2
+    centres = lattice * [stretch, 1 / stretch] @ np.array([[c, s], [-s, c]]) + [w / 2, h / 2]
+    n = len(centres)
+    radius = rng.uniform(*spec.radius, n)
+    elongation = rng.uniform(*spec.elongation, n)
+    angle = direction + (1 - spec.align) * rng.uniform(-np.pi / 2, np.pi / 2, n)
+    amplitude = rng.normal(0, spec.harmonics, (n, 4)) / np.sqrt([1, 1.5, 2, 3])
+    phase = rng.uniform(0, 2 * np.pi, (n, 4))
+    present = rng.uniform(size=n) >= spec.drop
+    gap = rng.uniform(*spec.gap)
+    group = np.arange(n)
+    fuse_draw = rng.uniform(size=n)
+    kind_draw = rng.uniform(size=(n, 4))
+    for i in np.flatnonzero(fuse_draw < spec.fuse):
+        d = np.hypot(*(centres - centres[i]).T)
+        d[i] = np.inf
+        group[group == group[i]] = group[int(np.argmin(d))]
+    reach = radius * np.sqrt(elongation) * 1.5 + 4
+    near = (
+        (centres[:, 0] > -reach) & (centres[:, 0] < w + reach)
+        & (centres[:, 1] > -reach) & (centres[:, 1] < h + reach) & present
+    )
+    first = np.full(gx.shape, -1e3, np.float32)
+    second = np.full(gx.shape, -1e3, np.float32)
+    owner = np.zeros(gx.shape, np.int32)
+    for i in np.flatnonzero(near):
+        ca, sa = np.cos(angle[i]), np.sin(angle[i])
+        dx, dy = gx - np.float32(centres[i, 0]), gy - np.float32(centres[i, 1])
+        e = np.sqrt(elongation[i])
+        u = ((dx * ca + dy * sa) / e).astype(np.float32)
+        v = ((-dx * sa + dy * ca) * e).astype(np.float32)
+        r, theta = cv2.cartToPolar(u, v)
+        outline = np.ones_like(r)
+        for k in range(4):
+            outline += np.float32(amplitude[i, k]) * np.cos((k + 2) * theta + np.float32(phase[i, k]))
+        level = radius[i] * np.maximum(outline, 0.3) - r
+        same = owner == group[i] + 1
+        better = level > first
+        second = np.where(better & ~same, first, np.where(~better & ~same, np.maximum(second, level), second))
+        first = np.where(better, level, first)
+        owner = np.where(better, group[i] + 1, owner).astype(np.int32)
+    signed = np.minimum(first, 0.5 * (first - second) - 0.5 * gap).astype(np.float32)
+    H, W = canvas.shape
+    M = np.array(
+        [[(gw - 1) / W, 0, 0.5 * (gw - 1) / W], [0, (gh - 1) / H, 0.5 * (gh - 1) / H]], np.float32
+    )
+    flags = cv2.WARP_INVERSE_MAP
+    level = cv2.warpAffine(signed, M, (W, H), flags=cv2.INTER_CUBIC | flags, borderMode=cv2.BORDER_REPLICATE)
+    owner = cv2.warpAffine(
+        owner.astype(np.float32), M, (W, H), flags=cv2.INTER_NEAREST | flags, borderMode=cv2.BORDER_REPLICATE
+    ).astype(np.int32)
+    inside = level > 0
+    labels = np.where(inside, owner, 0).astype(np.int32)
+    return labels, inside, {"draw": kind_draw, "phase": phase, "direction": direction}
+
+
+def _separate(labels, inside, canvas):
+    """Connected components of the gland labels without specks, numbered 1..n."""
+    out = np.zeros_like(labels)
+    n, comp, stats, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8), connectivity=4)
+    owner = np.zeros(n, np.int64)
+    area_min = 90 * canvas.k**2
+    lut = np.zeros(n, np.int32)
+    count = 0
+    for i in range(1, n):
+        if stats[i, cv2.CC_STAT_AREA] < area_min:
+            continue
+        x, y, ww, hh = stats[i, :4]
+        window = comp[y : y + hh, x : x + ww] == i
+        values = labels[y : y + hh, x : x + ww][window]
+        count += 1
+        lut[i] = count
+        if count >= len(owner):
+            owner = np.append(owner, 0)
+        owner[count] = np.bincount(values).argmax()
+    out = lut[comp]
+    return out, owner[: count + 1]
+
+
+def _lumina(canvas, rng, spec, glands, owner, depth, kinds):
+    """Lumen mask and local thickness of the epithelium."""
+    draw = kinds["draw"][np.maximum(owner - 1, 0) % len(kinds["draw"])]
+    thickness = spec.thickness[0] + draw[:, 0] * (spec.thickness[1] - spec.thickness[0])
+    solid = draw[:, 1] < spec.solid
+    deepest = ndimage.maximum(depth, glands, np.arange(len(owner)))
+    thickness = np.minimum(thickness, (0.62 + 0.2 * draw[:, 3]) * deepest)
+    cribriform = (draw[:, 2] < spec.cribriform) & ~solid
+    thickness = np.where(solid, 1e4, thickness).astype(np.float32)
+    local = thickness[glands]
+    wave = 1 + 0.10 * canvas.noise(rng, 14.0) + 0.05 * canvas.noise(rng, 4.0)
+    if spec.folds:
+        wave = wave + spec.folds * np.maximum(canvas.noise(rng, 15.0), -0.35)
+    lumen = (depth > local * np.maximum(wave, 0.55)) & (glands > 0)
+    if spec.cribriform and cribriform.any():
+        mask = cribriform[glands] & (glands > 0)
+        lumen &= ~mask
+        points = _scatter(rng, canvas.extent, 27.0)
+        radii = rng.uniform(3.5, 11.0, len(points))
+        ok = (canvas.at(mask.astype(np.uint8), points) > 0) & (canvas.at(depth, points) > radii + 8)
+        holes = np.zeros(canvas.shape, np.uint8)
+        angles = rng.uniform(0, np.pi, len(points))
+        shape = _blobs(rng, points[ok], radii[ok] * 2.2, radii[ok] * 1.7, angles[ok], wobble=0.14)
+        _fill(holes, shape, canvas.k, 1)
+        lumen |= (holes > 0) & mask
+    lumen = cv2.morphologyEx(lumen.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0
+    return lumen, thickness
+
+
+# --------------------------------------------------------------------------------------------
+# Cells
+# --------------------------------------------------------------------------------------------
+_THETA = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+
+
+def _blobs(rng, centres, lengths, widths, angles, *, wobble=0.05, pear=0.0):
+    """Ellipses with angular harmonics as polygons, (n, 16, 2) XY micrometres."""
+    n = len(centres)
+    r = 1 + wobble * (
+        rng.normal(size=(n, 1)) * np.cos(2 * _THETA + rng.uniform(0, 6.28, (n, 1)))
+        + rng.normal(size=(n, 1)) * np.cos(3 * _THETA + rng.uniform(0, 6.28, (n, 1)))
+        + 0.6 * rng.normal(size=(n, 1)) * np.cos(4 * _THETA + rng.uniform(0, 6.28, (n, 1)))
+    )
+    u = 0.5 * np.asarray(lengths)[:, None] * r * np.cos(_THETA)
+    v = 0.5 * np.asarray(widths)[:, None] * r * np.sin(_THETA) * (1 + pear * np.cos(_THETA))
+    c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return np.stack(
+        [centres[:, :1] + u * c - v * s, centres[:, 1:] + u * s + v * c], axis=-1
+    )
+
+
+def _fill(image, polygons, k, values):
+    """Draw polygons in micrometres with sub-pixel vertices, one value each."""
+    pts = np.round((polygons * k - 0.5) * 16).astype(np.int32)
+    values = np.broadcast_to(values, len(pts)).tolist()
+    for p, value in zip(pts, values, strict=True):
+        cv2.fillConvexPoly(image, p, value, lineType=cv2.LINE_8, shift=4)
+
+
+def _row_points(canvas, rng, field_um, depth, pitch):
+    """Points along the level curve ``field_um == depth`` every `pitch` micrometres."""
+    mask = (field_um > depth).astype(np.uint8)
+    contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    out = []
+    for contour in contours:
+        p = (contour[:, 0, :].astype(np.float64) + 0.5) / canvas.k
+        if len(p) < 6:
+            continue
+        closed = np.vstack([p, p[:1]])
+        arc = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(closed, axis=0).T))]) * 0.95
+        n = max(1, round(arc[-1] / pitch))
+        t = (np.arange(n) + rng.uniform(-0.22, 0.22, n) + rng.uniform()) * arc[-1] / n % arc[-1]
+        out.append(np.stack([np.interp(t, arc, closed[:, 0]), np.interp(t, arc, closed[:, 1])], 1))
+    return np.concatenate(out) if out else np.zeros((0, 2))
+
+
+def _concat(parts):
+    return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+
+
+def _cells(rng, points, angles, length, width, spread, chroma, *, kind, wobble=0.05):
+    n = len(points)
+    size = np.exp(rng.normal(0, spread, n))
+    aspect = np.exp(rng.normal(0, 0.08, n))
+    return {
+        "points": points,
+        "angles": np.broadcast_to(angles, n).astype(float),
+        "length": length * size * aspect,
+        "width": width * size / aspect,
+        "chroma": chroma * np.exp(rng.normal(0, 0.14, n)),
+        "kind": np.full(n, kind),
+        "wobble": np.full(n, wobble),
+    }
+
+
+def _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, size):
+    """Nuclei of the glands: rows along the basement membrane, oriented towards the lumen."""
+    toward = canvas.blur(np.minimum(depth, 60) - np.minimum(to_lumen, 60), 2.5)
+    gx = cv2.Sobel(toward, cv2.CV_32F, 1, 0, ksize=3)
+    gy = cv2.Sobel(toward, cv2.CV_32F, 0, 1, ksize=3)
+    parts = []
+    length, width = spec.nucleus[0] * size, spec.nucleus[1] * size
+
+    def add(points, tangential=False, spread=spec.pleomorphism, scale=1.0, squash=1.0, tilt=0.16):
+        if not len(points):
+            return
+        points = points + rng.normal(0, 0.5, points.shape)
+        angle = np.arctan2(canvas.at(gy, points), canvas.at(gx, points))
+        angle = angle + (np.pi / 2 if tangential else 0) + rng.normal(0, tilt, len(points))
+        parts.append(
+            _cells(rng, points, angle, length * scale, width * scale * squash, spread, spec.chroma,
+                   kind=0, wobble=0.04 + 0.25 * spec.pleomorphism**1.5)
+        )
+
+    if spec.basal:
+        add(_row_points(canvas, rng, depth, 2.4, spec.pitch * 1.5), tangential=True, squash=0.5)
+    for row, d in enumerate(spec.rows):
+        points = _row_points(canvas, rng, depth, d, spec.pitch * (1 + 0.12 * row))
+        if len(points):
+            angle = np.arctan2(canvas.at(gy, points), canvas.at(gx, points))
+            shift = rng.normal(0, spec.row_jitter, len(points))
+            points = points + np.stack([np.cos(angle), np.sin(angle)], 1) * shift[:, None]
+            local = canvas.at(np.minimum(depth + to_lumen, 1e4), points)
+            inside = canvas.at(depth, points)
+            keep = (inside > 1.8) & (canvas.at(to_lumen, points) > 3.2)
+            keep &= (row == 0) | (inside < spec.reach * local)
+            add(points[keep], tilt=0.16 + 0.5 * spec.pleomorphism)
+    deep = (depth > (spec.rows[-1] + 5)) & (glands > 0) & (to_lumen > 4.0)
+    if spec.cribriform or spec.solid > 0.3:
+        points = _scatter(rng, canvas.extent, spec.pitch * 1.12)
+        add(points[canvas.at(deep.astype(np.uint8), points) > 0], tilt=0.7)
+    return _concat(parts) if parts else None
+
+
+def _stroma_cells(canvas, rng, spec, clear, flow, inflammation, size):
+    """Fibroblasts along the fibres, lymphocytes in clusters, tumour cells between nests."""
+    gx = cv2.Sobel(flow, cv2.CV_32F, 1, 0, ksize=3)
+    gy = cv2.Sobel(flow, cv2.CV_32F, 0, 1, ksize=3)
+    parts = []
+
+    def along(points):
+        return np.arctan2(canvas.at(gy, points), canvas.at(gx, points)) + np.pi / 2
+
+    points = _scatter(rng, canvas.extent, 6.6)
+    chance = spec.lymphocytes * canvas.at(inflammation, points)
+    keep = (rng.uniform(size=len(points)) < chance) & (canvas.at(clear, points) > 2.6)
+    parts.append(_cells(rng, points[keep], rng.uniform(0, 3.14, keep.sum()), 5.2, 4.5, 0.14, 0.75,
+                        kind=1, wobble=0.03))
+    points = _scatter(rng, canvas.extent, 10.5)
+    keep = (rng.uniform(size=len(points)) < spec.fibroblasts) & (canvas.at(clear, points) > 1.6)
+    p = points[keep]
+    parts.append(_cells(rng, p, along(p) + rng.normal(0, 0.12, len(p)), 9.5, 2.5, 0.25, 0.55,
+                        kind=2, wobble=0.10))
+    if spec.single_cells:
+        points = _scatter(rng, canvas.extent, 9.5)
+        patch = canvas.at(canvas.noise(rng, 30.0), points)
+        chance = spec.single_cells * _smoothstep(patch, -0.6, 1.0)
+        keep = (rng.uniform(size=len(points)) < chance) & (canvas.at(clear, points) > 4.5)
+        p = points[keep]
+        parts.append(_cells(rng, p, along(p) + rng.normal(0, 0.5, len(p)), spec.nucleus[0] * size,
+                            spec.nucleus[1] * size, spec.pleomorphism, spec.chroma, kind=3,
+                            wobble=0.08))
+    return _concat(parts)
+
+
+# --------------------------------------------------------------------------------------------
+# Composition
+# --------------------------------------------------------------------------------------------
+def _fibres(canvas, rng, outside, direction):
+    """Stream function of the stroma and a fibre texture in about [-1, 1] along it.
+
+    Fibres are level lines of a potential: a straight direction, bent by noise, and drawn around
+    the glands by the distance to them.
+    """
+    c, s = np.float32(np.cos(direction)), np.float32(np.sin(direction))
+    along = canvas.x * c + canvas.y * s
+    across = -canvas.x * s + canvas.y * c
+    across = across + 8 * canvas.noise(rng, 60.0) + 1.6 * canvas.noise(rng, 18.0)
+    pull = np.exp(-outside / 12.0)
+    flow = across + 9.0 * (1 - pull)
+    along = along + 6 * canvas.noise(rng, 40.0)
+    wavy = flow + 0.8 * canvas.noise(rng, 7.0)
+    size = 512
+    texture = np.zeros(canvas.shape, np.float32)
+    for pitch, length, gain in ((0.8, 7.0, 0.55), (1.7, 14.0, 0.75), (4.5, 34.0, 0.6)):
+        grid = rng.standard_normal((size, 96)).astype(np.float32)
+        texture += gain * cv2.remap(
+            grid, along / length % 94, wavy / pitch % (size - 2), cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_WRAP,
+        )
+    return flow.astype(np.float32), texture
+
+
+def _densities(canvas, rng, spec, size, darkness, ihc):
+    """Draw one field: dye densities and ground truth at working resolution."""
+    labels, inside, kinds = _gland_fields(canvas, rng, spec)
+    glands, owner = _separate(labels, inside, canvas)
+    mask = (glands > 0).astype(np.uint8)
+    depth = cv2.distanceTransform(mask, cv2.DIST_L2, 5) / np.float32(canvas.k)
+    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5) / np.float32(canvas.k)
+    smooth = canvas.blur(depth, 1.5)
+    lumen, thickness = _lumina(canvas, rng, spec, glands, owner, smooth, kinds)
+    to_lumen = cv2.distanceTransform(1 - lumen.astype(np.uint8), cv2.DIST_L2, 5) / np.float32(canvas.k)
+    tissue = (mask > 0) & ~lumen
+
+    flow, fibre = _fibres(canvas, rng, outside, kinds["direction"] + rng.normal(0, 0.3))
+    fine = canvas.noise(rng, 0.9)
+    grain = canvas.noise(rng, 2.2)
+    cloud = canvas.noise(rng, 24.0)
+    inflammation = _smoothstep(canvas.noise(rng, 32.0) + 0.4 * canvas.noise(rng, 9.0), -0.9, 1.2)
+
+    # stroma
+    level, contrast = spec.fibre
+    patch = canvas.noise(rng, 12.0)
+    fibre = fibre + 0.25 * fine
+    eosin = level * (1 + 0.25 * cloud + 0.15 * patch) + contrast * 0.42 * fibre
+    loose = _smoothstep(0.7 * cloud + 0.5 * patch, 0.2, 1.6)
+    open_space = _smoothstep(0.8 * fibre - 0.9 * loose + 0.2 * patch, -0.5, -1.5)
+    eosin = np.maximum(eosin, 0.04) * (1 - 0.8 * open_space) * (1 - 0.35 * loose)
+    haem = 0.06 + 0.05 * inflammation * spec.lymphocytes + 0.012 * fibre
+    haem = haem * (1 - 0.6 * open_space)
+
+    # retraction clefts
+    cleft_width = spec.retraction * 6.5 * np.maximum(canvas.noise(rng, 26.0), 0)
+    cleft_width = cleft_width * (1 + 0.4 * canvas.noise(rng, 5.0))
+    cleft = (1 - _smoothstep(outside, cleft_width - 1.2, cleft_width + 1.2)) * (outside > 0)
+    cleft *= cleft_width > 0.6
+    eosin *= 1 - 0.93 * cleft
+    haem *= 1 - 0.9 * cleft
+
+    # vessels and erythrocytes
+    haem, eosin, blocked = _vessels(canvas, rng, outside, haem, eosin, fine)
+
+    # epithelium
+    h_cyt, e_cyt = spec.cytoplasm
+    cyt_h = h_cyt * (1 + 0.18 * grain + 0.12 * fine + 0.15 * cloud)
+    cyt_e = e_cyt * (1 + 0.14 * grain + 0.10 * fine - 0.10 * cloud)
+    to_lumen = np.minimum(to_lumen, 1e3)
+    brush = np.exp(-((to_lumen - 1.0) ** 2) / 1.4)
+    cyt_e = cyt_e * (1 + 0.5 * brush)
+    if spec.goblet:  # the pale upper part of the cells
+        pale = 1 - 0.45 * spec.goblet * _smoothstep(depth, 7.0, 14.0)
+        cyt_h, cyt_e = cyt_h * pale, cyt_e * pale
+    haem = np.where(tissue, cyt_h, haem)
+    eosin = np.where(tissue, cyt_e, eosin)
+    membrane = np.exp(-(outside**2) / 1.1) * (outside > 0)
+    eosin = eosin + 0.14 * membrane * (1 - cleft)
+
+    # lumen content
+    haem_l, eosin_l, debris = _lumen_content(canvas, rng, spec, glands, lumen, to_lumen, kinds, owner)
+    haem = np.where(lumen, haem_l, haem)
+    eosin = np.where(lumen, eosin_l, eosin)
+
+    if spec.goblet:
+        haem, eosin, vacuole = _goblets(canvas, rng, spec, glands, depth, lumen, to_lumen, haem, eosin)
+    else:
+        vacuole = np.zeros(canvas.shape, np.float32)
+
+    # nuclei
+    parts = []
+    epithelial = _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, size)
+    if epithelial is not None:
+        parts.append(epithelial)
+    clear = np.where(lumen | (mask > 0), 0, outside) * (1 - blocked) - cleft * 1.5
+    parts.append(_stroma_cells(canvas, rng, spec, clear, flow, inflammation, size))
+    cells = _concat(parts)
+    keep = _thin(cells["points"], cells["length"], cells["angles"], cells["width"])
+    cells = {key: value[keep] for key, value in cells.items()}
+    haem, eosin, nuclei, borders = _paint_nuclei(
+        canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, darkness, vacuole, ihc
+    )
+    haem, eosin = _paint_debris(canvas, rng, debris, haem, eosin)
+    if ihc:
+        haem, eosin = _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, grain, fine, cloud, vacuole)
+    return haem, eosin, glands, lumen, nuclei
+
+
+def _vessels(canvas, rng, outside, haem, eosin, fine):
+    """Capillaries with erythrocytes, and spilled erythrocytes, where the stroma is wide."""
+    blocked = np.zeros(canvas.shape, np.float32)
+    points = _scatter(rng, canvas.extent, 60.0)
+    rooms = canvas.at(outside, points)
+    take = (rooms > 7) & (rng.uniform(size=len(points)) < 0.5)
+    for p, room in zip(points[take], rooms[take], strict=True):
+        r = float(min(room - 2.0, rng.uniform(4, 10)))
+        angle = rng.uniform(0, np.pi)
+        shape = _blobs(rng, p[None], [2.6 * r], [1.5 * r], [angle], wobble=0.10)
+        disc = np.zeros(canvas.shape, np.uint8)
+        _fill(disc, shape, canvas.k, 1)
+        soft = canvas.blur(disc.astype(np.float32), 0.5)
+        haem = haem * (1 - 0.9 * soft)
+        eosin = eosin * (1 - 0.9 * soft) + 0.25 * canvas.blur(soft * (1 - soft), 0.5)
+        blocked = np.maximum(blocked, soft)
+        cells = p + rng.normal(0, r * 0.45, (int(rng.integers(2, 14)), 2))
+        cells = cells[canvas.at(soft, cells) > 0.6]
+        red = np.zeros(canvas.shape, np.uint8)
+        if len(cells):
+            _fill(red, _blobs(rng, cells, np.full(len(cells), 5.2), np.full(len(cells), 4.6),
+                              rng.uniform(0, 3, len(cells)), wobble=0.06), canvas.k, 1)
+            redness = canvas.blur(red.astype(np.float32), 0.4)
+            eosin = eosin * (1 - redness) + redness * (0.75 + 0.08 * fine)
+    return haem, eosin, blocked
+
+
+def _lumen_content(canvas, rng, spec, glands, lumen, to_lumen, kinds, owner):
+    """Mucin strands and debris in lumina; returns densities and where debris lies."""
+    draw = rng.uniform(size=(int(glands.max()) + 1, 2))
+    has_mucin = (draw[:, 0] < spec.mucin)[glands] & lumen
+    has_debris = (draw[:, 1] < spec.debris)[glands] & lumen
+    strands = canvas.noise(rng, 7.0)
+    strands = _smoothstep(-np.abs(strands), -0.5, -0.02)
+    body = _smoothstep(canvas.noise(rng, 18.0), -0.8, 0.9)
+    haem = np.full(canvas.shape, 0.008, np.float32)
+    eosin = np.full(canvas.shape, 0.012, np.float32)
+    haem = haem + has_mucin * (0.045 * body + 0.07 * strands * body)
+    eosin = eosin + has_mucin * (0.05 * body + 0.06 * strands * body)
+    inner = canvas.blur(lumen.astype(np.float32), 3.0) > 0.8
+    lump = _smoothstep(canvas.noise(rng, 10.0) + 0.5 * canvas.noise(rng, 3.0), -0.2, 0.7)
+    amount = has_debris * inner * lump
+    eosin = eosin + amount * (0.30 + 0.12 * canvas.noise(rng, 2.0))
+    haem = haem + 0.10 * amount
+    return haem, np.maximum(eosin, 0.01), amount
+
+
+def _paint_debris(canvas, rng, debris, haem, eosin):
+    """Dark nuclear dust of dead cells inside the debris."""
+    points = _scatter(rng, canvas.extent, 5.0)
+    points = points[(canvas.at(debris, points) > 0.5) & (rng.uniform(size=len(points)) < 0.5)]
+    if len(points):
+        dust = np.zeros(canvas.shape, np.uint8)
+        d = rng.uniform(1.2, 4.2, len(points))
+        _fill(dust, _blobs(rng, points, d, d * 0.8, rng.uniform(0, 3, len(d)), wobble=0.12), canvas.k, 255)
+        soft = canvas.blur(dust.astype(np.float32) / 255, 0.4)
+        haem = haem + 0.55 * soft
+        eosin = eosin + 0.10 * soft
+    return haem, eosin
+
+
+def _goblets(canvas, rng, spec, glands, depth, lumen, to_lumen, haem, eosin):
+    """Pale mucin vacuoles of goblet cells between the basal nuclei and the lumen."""
+    toward = canvas.blur(np.minimum(depth, 60) - np.minimum(to_lumen, 60), 2.5)
+    gx = cv2.Sobel(toward, cv2.CV_32F, 1, 0, ksize=3)
+    gy = cv2.Sobel(toward, cv2.CV_32F, 0, 1, ksize=3)
+    vac = np.zeros(canvas.shape, np.uint8)
+    parts = []
+    for d, size in ((14.5, 10.5), (24.0, 9.0), (32.0, 8.0)):
+        points = _row_points(canvas, rng, depth, d, size * 1.02)
+        if not len(points):
+            continue
+        keep = (rng.uniform(size=len(points)) < spec.goblet) & (canvas.at(to_lumen, points) > 1.5)
+        points = points[keep]
+        angle = np.arctan2(canvas.at(gy, points), canvas.at(gx, points))
+        w = size * np.exp(rng.normal(0, 0.17, len(points)))
+        parts.append((points, w * rng.uniform(1.05, 1.4, len(points)), w, angle))
+    if parts:
+        points, length, width, angle = (np.concatenate(p) for p in zip(*parts, strict=True))
+        keep = _thin(points, length, angle, width, overlap=0.80)
+        polygons = _blobs(rng, points[keep], length[keep], width[keep], angle[keep], wobble=0.05, pear=0.18)
+        _fill(vac, polygons, canvas.k, 1)
+    vac &= (glands > 0).astype(np.uint8)
+    edge = cv2.distanceTransform(vac, cv2.DIST_L2, 3) / np.float32(canvas.k)
+    soft = _smoothstep(edge, 0.0, 1.3)
+    mucin = 0.05 + 0.03 * canvas.noise(rng, 3.0)
+    haem = haem * (1 - soft) + soft * np.maximum(mucin + 0.02, 0.01)
+    eosin = eosin * (1 - soft) + soft * np.maximum(mucin, 0.01)
+    return haem, eosin, soft
+
+
+def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, darkness, vacuole, ihc):
+    """Nuclei with chromatin, membrane and nucleoli; returns densities, labels, cell borders."""
+    n = len(cells["points"])
+    nuclei = np.zeros(canvas.shape, np.int32)
+    borders = np.zeros(canvas.shape, np.float32)
+    if n == 0:
+        return haem, eosin, nuclei, borders
+    polygons = _blobs(rng, cells["points"], cells["length"], cells["width"], cells["angles"],
+                      wobble=cells["wobble"][:, None])
+    # tumour cells in the stroma bring a little cytoplasm of their own
+    lone = cells["kind"] == 3
+    if lone.any():
+        body = np.zeros(canvas.shape, np.uint8)
+        _fill(body, _blobs(rng, cells["points"][lone], cells["length"][lone] * 1.7,
+                           cells["width"][lone] * 1.7, cells["angles"][lone], wobble=0.10), canvas.k, 255)
+        soft = canvas.blur(body.astype(np.float32) / 255, 0.6)
+        haem = haem * (1 - soft) + soft * spec.cytoplasm[0]
+        eosin = eosin * (1 - soft) + soft * spec.cytoplasm[1]
+    _fill(nuclei, polygons, canvas.k, np.arange(1, n + 1))
+    inside = (nuclei > 0).astype(np.uint8)
+    chroma = np.concatenate([[0], cells["chroma"] * darkness]).astype(np.float32)
+    vesicular = np.concatenate([[0], (rng.uniform(size=n) < spec.nucleoli) & (cells["kind"] != 1) & (cells["kind"] != 2)])
+    vesicular = vesicular.astype(np.float32)[nuclei]
+    edge = cv2.distanceTransform(inside, cv2.DIST_L2, 5) / np.float32(canvas.k)
+    rim = np.exp(-((edge - 0.7) ** 2) / 0.5)
+    chromatin = 0.86 + 0.24 * fine + 0.14 * grain + 0.12 * rim
+    chromatin = chromatin * (1 - vesicular * 0.42 * _smoothstep(edge, 0.5, 1.6))
+    soft = canvas.blur(inside.astype(np.float32), 0.5)
+    body = chroma[nuclei] * np.clip(chromatin, 0.25, 1.5)
+    body = canvas.blur(body, 0.5)
+    haem = haem * (1 - 0.8 * soft) + body
+    eosin = eosin * (1 - 0.45 * soft) + 0.10 * soft
+    spots = np.flatnonzero((rng.uniform(size=n) < spec.nucleoli) & (cells["kind"] % 3 == 0))
+    if len(spots):
+        dots = np.zeros(canvas.shape, np.uint8)
+        where = cells["points"][spots] + rng.normal(0, 0.7, (len(spots), 2))
+        d = rng.uniform(1.2, 2.0, len(spots))
+        _fill(dots, _blobs(rng, where, d, d, np.zeros(len(d))), canvas.k, 255)
+        dot = canvas.blur(dots.astype(np.float32) / 255, 0.3) * inside
+        haem = haem + 0.40 * dot
+        eosin = eosin + 0.12 * dot
+    # territories of the cells: the border of the zones nearest to each nucleus
+    _, zone = cv2.distanceTransformWithLabels(1 - inside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP)
+    diff = np.zeros(canvas.shape, np.float32)
+    diff[:, 1:] += zone[:, 1:] != zone[:, :-1]
+    diff[1:, :] += zone[1:, :] != zone[:-1, :]
+    borders = canvas.blur(np.minimum(diff, 1), 0.45) * tissue
+    eosin = eosin + 0.10 * borders * (1 - soft) * (1 - vacuole)
+    return haem, eosin, nuclei, borders
+
+
+def _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, grain, fine, cloud, vacuole):
+    """Haematoxylin counterstain and membranous DAB in the epithelium."""
+    soft = canvas.blur((nuclei > 0).astype(np.float32), 0.4)
+    counter = 0.42 * np.maximum(haem - 0.15, 0) + 0.05 * eosin
+    apical = np.exp(-to_lumen / 1.6)
+    brown = 0.42 * (1 + 0.25 * cloud + 0.14 * grain + 0.10 * fine) + 1.3 * borders + 0.5 * apical
+    brown = brown * tissue * (1 - 0.62 * soft) * (1 - 0.8 * vacuole)
+    dab = canvas.blur(brown.astype(np.float32), 0.35) + 0.02 * eosin
+    return counter, np.maximum(dab, 0)
+
+
+# --------------------------------------------------------------------------------------------
+# The scanner
+# --------------------------------------------------------------------------------------------
+def _scan(rgb, rng, shape, site, ss):
+    """Optics and sensor: blur, falloff of the illumination, down-sampling, noise."""
+    sigma = (0.85 if site == "A" else 1.25) * ss / 2
+    rgb = cv2.GaussianBlur(rgb, (0, 0), sigma)
+    H, W = shape
+    rgb = cv2.resize(rgb, (W, H), interpolation=cv2.INTER_AREA)
+    if site == "A":  # a scanner that sharpens
+        rgb = rgb + 0.30 * (rgb - cv2.GaussianBlur(rgb, (0, 0), 1.0))
+    cx, cy = rng.uniform(0.3, 0.7, 2)
+    y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) / H - np.float32(cy)
+    x = (np.arange(W, dtype=np.float32)[None] + 0.5) / W - np.float32(cx)
+    fall = 1 - np.float32(0.035 if site == "A" else 0.08) * (x * x + y * y) * 2
+    noise = rng.standard_normal((H, W, 3), dtype=np.float32)
+    noise = noise * (1.6 + 0.8 * np.sqrt(np.clip(rgb, 0, 255) / 255)) * (1.0 if site == "A" else 1.4)
+    white = np.array([0.985, 0.975, 0.98] if site == "A" else [0.955, 0.95, 0.925], np.float32)
+    out = rgb * fall[..., None] * white + noise
+    return np.clip(np.round(out), 0, 255).astype(np.uint8)
+
+
+def _resize_labels(labels, shape):
+    """Nearest pixel at the centre of each output pixel, then labels without gaps."""
+    H, W = shape
+    h, w = labels.shape
+    i = np.minimum(((np.arange(H) + 0.5) * h / H).astype(int), h - 1)
+    j = np.minimum(((np.arange(W) + 0.5) * w / W).astype(int), w - 1)
+    small = labels[i[:, None], j[None]]
+    present = np.bincount(small.ravel(), minlength=1) > 0
+    present[0] = False
+    lut = np.zeros(len(present), np.int32)
+    lut[present] = np.arange(1, present.sum() + 1)
+    return lut[small]
+
+
+def _check(index, seed, grade, organ, size, site, patient, stain, microns_per_pixel):
+    if organ not in GRADES:
+        raise ValueError(f"organ {organ!r} is unknown; choose one of {sorted(GRADES)}.")
+    if grade not in GRADES[organ]:
+        raise ValueError(f"grade {grade!r} is unknown for {organ}; choose one of {list(GRADES[organ])}.")
+    if site not in SITES:
+        raise ValueError(f"site {site!r} is unknown; choose one of {list(SITES)}.")
+    for name, value in (("index", index), ("seed", seed), ("patient", patient)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name} is {value!r}, but a whole number >= 0 is needed.")
+    size = tuple(size) if np.iterable(size) else (size, size)
+    if len(size) != 2 or not all(isinstance(v, (int, np.integer)) and v >= 16 for v in size):
+        raise ValueError(f"size is {size!r}, but (height, width) of at least 16 pixels each is needed.")
+    if isinstance(stain, str) and stain not in ("HE", "IHC"):
+        raise ValueError(f"stain {stain!r} is unknown; choose 'HE', 'IHC' or a (2, 3) matrix.")
+    if microns_per_pixel is not None and not 0.1 <= microns_per_pixel <= 4:
+        raise ValueError(f"microns_per_pixel is {microns_per_pixel!r}, but 0.1 to 4 is supported.")
+    return int(size[0]), int(size[1])
+
+
+def render(
+    index,
+    *,
+    seed=0,
+    grade="benign",
+    organ="colon",
+    size=(256, 256),
+    site="A",
+    patient=0,
+    stain="HE",
+    microns_per_pixel=None,
+):
+    """Render one field of tissue.
+
+    The layout depends on (seed, index, grade, organ, site, patient) and on the extent of the
+    field, not on the number of pixels: the same field at another size is the same tissue.
+
+    Parameters
+    ----------
+    index : int
+        Number of the field, >= 0.
+    seed : int
+        Seed of the whole series, >= 0.
+    grade, organ : str
+        See :data:`GRADES`.
+    size : (int, int)
+        Height and width in pixels, at least 16 each.
+    site : {"A", "B"}
+        Laboratory and scanner: stain vectors, strengths, sharpness, noise.
+    patient : int
+        Fixes stain jitter and the size and darkness of nuclei.
+    stain : {"HE", "IHC"} or (2, 3) array_like
+        Haematoxylin and eosin; haematoxylin and DAB; or stain vectors to use for H&E as they are.
+    microns_per_pixel : float, optional
+        Edge of a pixel, 0.1 to 4. By default the short side of the field spans 256 micrometres
+        (1 micrometre a pixel at 256 pixels), or 150 micrometres for IHC.
+
+    Returns
+    -------
+    Phantom
+
+    Raises
+    ------
+    ValueError
+        If an argument is unknown or out of range.
+    """
+    H, W = _check(index, seed, grade, organ, size, site, patient, stain, microns_per_pixel)
+    ihc = isinstance(stain, str) and stain == "IHC"
+    mpp = microns_per_pixel or (150.0 if ihc else 256.0) / min(H, W)
+    ss = 2.0 if mpp >= 0.75 else max(1.0, 1.5 * mpp / 0.75)
+    rng = _rng(seed, "field", index, organ, grade, site, patient)
+    person = _rng(seed, "patient", site, patient)
+    size_factor = float(np.exp(person.normal(0, 0.06)))
+    darkness = float(np.exp(person.normal(0, 0.08)))
+    spec = _SPECS[organ, grade]
+    if ihc:
+        spec = replace(spec, retraction=0.1)
+    margin = int(np.ceil(_MARGIN / mpp))
+    k = ss / mpp
+    canvas = _Canvas((H + 2 * margin) * mpp, (W + 2 * margin) * mpp, k)
+    haem, eosin, glands, lumen, nuclei = _densities(canvas, rng, spec, size_factor, darkness, ihc)
+    top = round(margin * canvas.shape[0] / (H + 2 * margin))
+    left = round(margin * canvas.shape[1] / (W + 2 * margin))
+    crop = np.s_[top : canvas.shape[0] - top, left : canvas.shape[1] - left]
+    if isinstance(stain, str):
+        stains = stain_matrix(seed=seed, site=site, patient=patient, stain=stain)
+    else:
+        stains = np.asarray(stain, float)
+        normalise_stains(stains)
+    densities = np.stack([np.maximum(haem[crop], 0.0), np.maximum(eosin[crop], 0.0)], -1)
+    rgb = densities_to_rgb(densities, stains)
+    noise_rng = _rng(seed, "sensor", index, organ, grade, site, patient, H, W)
+    image = _scan(rgb, noise_rng, (H, W), site, ss)
+    gland_map = _resize_labels(glands[crop], (H, W))
+    lumen_map = _resize_labels(lumen[crop].astype(np.int32), (H, W)) > 0
+    return Phantom(
+        image=image,
+        glands=gland_map,
+        lumen=lumen_map & (gland_map > 0),
+        nuclei=_resize_labels(nuclei[crop], (H, W)),
+        grade=grade,
+        organ=organ,
+        patient=int(patient),
+        site=site,
+        index=int(index),
+        microns_per_pixel=float(mpp),
+    )
