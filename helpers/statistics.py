@@ -1,0 +1,349 @@
+"""Scores of a classifier, and how sure a difference between two classifiers is.
+
+Everything is computed from confusion matrices, one a patient: a bootstrap sample of patients is a
+weighted sum of them, so that thousands of samples cost one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from statsmodels.stats.multitest import multipletests
+
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "average_relative_gain",
+    "confusion",
+    "holm",
+    "paired_bootstrap",
+    "scores",
+    "scores_from_confusion",
+    "verdict",
+]
+
+#: Metrics of the paper's Table 1, in its order.
+METRICS = ("accuracy", "macro_f1", "kappa")
+
+
+def confusion(y, yhat, n_classes: int) -> np.ndarray:
+    """Count pairs of true and predicted class.
+
+    Parameters
+    ----------
+    y, yhat : (n,) int array_like
+        True and predicted class indices in ``0 .. n_classes - 1``.
+    n_classes : int
+        Number of classes, whether they occur or not.
+
+    Returns
+    -------
+    (n_classes, n_classes) int64 ndarray
+        Rows are true classes, columns predicted ones.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, nothing is given, or an index is out of range.
+    """
+    y, yhat = _indices(y, "y", n_classes), _indices(yhat, "yhat", n_classes)
+    if y.shape != yhat.shape:
+        raise ValueError(
+            f"y has shape {y.shape} but yhat {yhat.shape}: give one prediction an image"
+        )
+    counts = np.bincount(y * n_classes + yhat, minlength=n_classes**2)
+    return counts.reshape(n_classes, n_classes)
+
+
+def scores_from_confusion(matrix) -> dict[str, np.ndarray]:
+    """Accuracy, macro F1 and quadratically weighted kappa of confusion matrices.
+
+    Parameters
+    ----------
+    matrix : (..., C, C) array_like
+        Confusion matrices, rows true classes; entries may be fractional weights.
+
+    Returns
+    -------
+    dict of str to (...) float64 ndarray
+        ``accuracy`` and ``macro_f1`` in [0, 1], ``kappa`` in [-1, 1].
+
+    Notes
+    -----
+    The average of F1 runs over all C classes; a class that is neither present nor predicted has
+    F1 = 0, as with ``zero_division=0`` in scikit-learn.
+    Kappa = 1 - sum(w O) / sum(w E), w = (i - j)^2 [1]_. Where all truth and all predictions are one
+    and the same class it is 0/0, and is set to 1: there is no disagreement.
+
+    References
+    ----------
+    .. [1] J. Cohen, "Weighted kappa", Psychological Bulletin 70, 1968.
+    """
+    matrix = np.asarray(matrix, float)
+    total = matrix.sum((-2, -1))
+    true, predicted = matrix.sum(-1), matrix.sum(-2)
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    f1 = 2 * hits / np.maximum(true + predicted, np.finfo(float).tiny)
+    index = np.arange(matrix.shape[-1])
+    weight = (index[:, None] - index[None, :]) ** 2.0
+    observed = (weight * matrix).sum((-2, -1)) * total
+    expected = (weight * true[..., :, None] * predicted[..., None, :]).sum((-2, -1))
+    ratio = np.divide(observed, expected, out=np.zeros_like(observed), where=expected > 0)
+    return {"accuracy": hits.sum(-1) / total, "macro_f1": f1.mean(-1), "kappa": 1 - ratio}
+
+
+def scores(y, yhat, labels: int | Sequence) -> dict[str, float]:
+    """Scores of one set of predictions.
+
+    Parameters
+    ----------
+    y, yhat : (n,) array_like
+        True and predicted classes: indices, or elements of `labels`.
+    labels : int or sequence
+        Number of classes, or all classes in grade order. They are fixed by the study, not by what
+        happens to occur, so that scores of different subsets can be compared.
+
+    Returns
+    -------
+    dict of str to float
+        The metrics of :data:`METRICS`.
+    """
+    if isinstance(labels, int | np.integer):
+        n_classes = int(labels)
+    else:
+        y, yhat = _lookup(y, labels, "y"), _lookup(yhat, labels, "yhat")
+        n_classes = len(labels)
+    found = scores_from_confusion(confusion(y, yhat, n_classes))
+    return {name: float(value) for name, value in found.items()}
+
+
+def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, float]) -> float:
+    """Mean relative gain over a baseline, in percent, as the paper's Table 1 summarises it.
+
+    Parameters
+    ----------
+    scores, baseline : mapping of str to float
+        The same metrics (of one or several test sets) for a method and for the baseline.
+
+    Returns
+    -------
+    float
+        100 * mean over metrics of (score - baseline) / baseline.
+
+    Raises
+    ------
+    ValueError
+        If the metrics differ, or a baseline is not positive (the gain is then undefined).
+    """
+    if set(scores) != set(baseline) or not scores:
+        raise ValueError(
+            f"scores has the metrics {sorted(scores)} but baseline {sorted(baseline)}: "
+            "give the same ones, at least one"
+        )
+    bad = {name: value for name, value in baseline.items() if not value > 0}
+    if bad:
+        raise ValueError(
+            f"a relative gain needs positive baselines, got {bad}: compare differences"
+        )
+    return float(
+        100 * np.mean([(scores[name] - baseline[name]) / baseline[name] for name in scores])
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference of a metric between two methods on the same images.
+
+    Attributes
+    ----------
+    difference : float
+        Metric of b minus metric of a, averaged over training seeds.
+    low, high : float
+        Percentile confidence interval of the difference.
+    p : float
+        Two-sided bootstrap p-value of "no difference".
+    n_groups : int
+        Patients resampled.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n_groups: int
+
+
+def paired_bootstrap(
+    y,
+    yhat_a,
+    yhat_b,
+    groups,
+    *,
+    labels: int | Sequence,
+    metric: str = "accuracy",
+    n_boot: int = 2000,
+    level: float = 0.95,
+    rng: np.random.Generator,
+) -> Comparison:
+    """Compare two methods by resampling patients, keeping predictions for one image together.
+
+    Images of one patient are alike, so patients, not images, are drawn with replacement [1]_; both
+    methods are scored on the same draw.
+
+    Parameters
+    ----------
+    y : (n,) array_like
+        True classes.
+    yhat_a, yhat_b : (n,) or (n_seeds, n) array_like
+        Predictions of the two methods; with several training seeds the metric is averaged over
+        them within each bootstrap sample.
+    groups : (n,) array_like
+        Patient of each image.
+    labels : int or sequence
+        As in :func:`scores`.
+    metric : str
+        One of :data:`METRICS`.
+    n_boot : int
+        Bootstrap samples.
+    level : float
+        Coverage of the interval, in (0, 1).
+    rng : numpy.random.Generator
+        Source of the draws.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric, fewer than two patients, or shapes that do not agree.
+
+    References
+    ----------
+    .. [1] A. C. Davison, D. V. Hinkley, "Bootstrap Methods and their Application", 1997, 3.8.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}: choose one of {', '.join(METRICS)}")
+    if n_boot < 1 or not 0 < level < 1:
+        raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} patient: resampling patients needs at least two")
+    a = _by_group(y, yhat_a, index, len(names), labels)
+    b = _by_group(y, yhat_b, index, len(names), labels)
+    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
+    sample = _mean_score(b, draws, metric) - _mean_score(a, draws, metric)
+    whole = np.ones((1, len(names)), int)
+    difference = float((_mean_score(b, whole, metric) - _mean_score(a, whole, metric))[0])
+    low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
+    tail = 1 + min((sample <= 0).sum(), (sample >= 0).sum())
+    p = min(1.0, 2 * tail / (n_boot + 1))
+    return Comparison(difference, float(low), float(high), float(p), len(names))
+
+
+def holm(p) -> np.ndarray:
+    """Adjust p-values of several comparisons by Holm's step-down method.
+
+    Parameters
+    ----------
+    p : (n,) array_like
+        Raw p-values in [0, 1].
+
+    Returns
+    -------
+    (n,) float64 ndarray
+        Adjusted p-values, in the order given; empty for no comparison.
+
+    Raises
+    ------
+    ValueError
+        If a value lies outside [0, 1].
+
+    References
+    ----------
+    .. [1] S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    p = np.asarray(p, float).reshape(-1)
+    if p.size == 0:
+        return p
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values lie in [0, 1], got {p.tolist()}")
+    return multipletests(p, method="holm")[1]
+
+
+def verdict(
+    difference: float, low: float, high: float, p_adjusted: float, *, alpha: float = 0.05
+) -> str:
+    """Put a comparison into words.
+
+    Parameters
+    ----------
+    difference, low, high : float
+        Difference and its confidence interval.
+    p_adjusted : float
+        p-value after correction for the number of comparisons.
+    alpha : float
+        Level of the test.
+
+    Returns
+    -------
+    {"better", "worse", "no difference"}
+        "no difference" means that none was shown, not that there is none.
+    """
+    shown = p_adjusted < alpha and (low > 0 or high < 0)
+    if not shown:
+        return "no difference"
+    return "better" if difference > 0 else "worse"
+
+
+def _by_group(y, yhat, index: np.ndarray, n_groups: int, labels) -> np.ndarray:
+    """Confusion matrices of each training seed and patient, (n_seeds, n_groups, C, C)."""
+    if isinstance(labels, int | np.integer):
+        n_classes = int(labels)
+    else:
+        n_classes = len(labels)
+        y, yhat = _lookup(y, labels, "y"), _lookup(yhat, labels, "yhat")
+    y = _indices(y, "y", n_classes)
+    yhat = np.atleast_2d(_indices(yhat, "yhat", n_classes))
+    if yhat.shape[1:] != y.shape or index.shape != y.shape:
+        raise ValueError(
+            f"y has shape {y.shape}, predictions {yhat.shape} and groups {index.shape}: "
+            "give one prediction and one patient for each image"
+        )
+    cell = (index * n_classes + y) * n_classes + yhat
+    size = n_groups * n_classes**2
+    counts = np.stack([np.bincount(row, minlength=size) for row in cell])
+    return counts.reshape(len(yhat), n_groups, n_classes, n_classes)
+
+
+def _mean_score(by_group: np.ndarray, draws: np.ndarray, metric: str) -> np.ndarray:
+    """Metric of each bootstrap sample, averaged over training seeds, (n_boot,)."""
+    matrices = np.einsum("bg,sgij->bsij", draws, by_group, optimize=True)
+    return scores_from_confusion(matrices)[metric].mean(1)
+
+
+def _indices(values, name: str, n_classes: int) -> np.ndarray:
+    values = np.asarray(values)
+    if values.size == 0:
+        raise ValueError(f"{name} is empty: there is nothing to score")
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {values.dtype}: give class indices or pass labels")
+    if values.min() < 0 or values.max() >= n_classes:
+        raise ValueError(
+            f"{name} has class {values.min()} .. {values.max()}, outside 0 .. {n_classes - 1}"
+        )
+    return values.astype(np.int64)
+
+
+def _lookup(values, labels: Sequence, name: str) -> np.ndarray:
+    order = {label: i for i, label in enumerate(labels)}
+    values = np.asarray(values)
+    unknown = sorted({str(v) for v in values.reshape(-1).tolist() if v not in order})
+    if unknown:
+        raise ValueError(
+            f"{name} has classes {unknown} that are not among the labels {list(labels)}"
+        )
+    return np.array([order[v] for v in values.reshape(-1).tolist()], int).reshape(values.shape)

@@ -1,0 +1,145 @@
+"""Kernel distance against torchmetrics and a literal double sum; the seam on known outlines."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torchmetrics.image.kid import poly_mmd
+
+from helpers import quality
+
+
+@pytest.fixture
+def features():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(24, 7)), rng.normal(0.4, 1.2, size=(31, 7))
+
+
+def _literal_mmd2(x, y):
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    xy = sum(kernel(a, b) for a in x for b in y) / (n * m)
+    return xx + yy - 2 * xy
+
+
+def test_mmd_equals_the_double_sum(features):
+    assert quality.mmd2(*features) == pytest.approx(_literal_mmd2(*features), rel=1e-10)
+
+
+def test_mmd_equals_torchmetrics(features):
+    x, y = features[0], features[1][:24]  # torchmetrics wants equal sizes
+    expected = poly_mmd(torch.from_numpy(x), torch.from_numpy(y))
+    assert quality.mmd2(x, y) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_mmd_is_unbiased_and_symmetric(features):
+    x, y = features
+    assert quality.mmd2(x, y) == pytest.approx(quality.mmd2(y, x))
+    rng = np.random.default_rng(1)
+    same = [quality.mmd2(rng.normal(size=(8, 5)), rng.normal(size=(8, 5))) for _ in range(800)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(len(same))
+    assert min(same) < 0
+
+
+def test_kid_sees_a_shift_that_the_floor_does_not(features):
+    x, y = features
+    kid = quality.kid(x, y, rng=np.random.default_rng(0))
+    floor = quality.kid_floor(x, rng=np.random.default_rng(0))
+    assert kid.mean > 3 * abs(floor.mean)
+    assert (kid.subset_size, floor.subset_size) == (12, 12)
+    assert kid == quality.kid(x, y, rng=np.random.default_rng(0))
+
+
+def test_kid_over_all_samples_is_mmd(features):
+    x, y = features[0], features[1][:24]
+    kid = quality.kid(x, y, subset_size=24, n_subsets=3, rng=np.random.default_rng(0))
+    assert kid.mean == pytest.approx(quality.mmd2(x, y))
+    assert kid.std == pytest.approx(0, abs=1e-9)
+
+
+def _disc(shape=(48, 64), centre=(24, 30), radius=12):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return np.hypot(rows - centre[0], columns - centre[1]) < radius
+
+
+def _painted(mask, inside=200, outside=80, blur=0.0):
+    grey = ndimage.gaussian_filter(np.where(mask, float(inside), float(outside)), blur)
+    return np.repeat(np.rint(grey)[..., None], 3, 2).astype(np.uint8)
+
+
+def test_gradient_of_a_straight_edge_in_closed_form():
+    """A step of height h under a Gaussian derivative of width s has slope h / (s sqrt(2 pi))."""
+    mask = np.zeros((40, 60), bool)
+    mask[:, 30:] = True
+    found = quality.normal_gradient(_painted(mask), mask, sigma=2.0)
+    step = 120 / 255
+    # outline pixels lie half a pixel from the edge
+    expected = step / (2.0 * np.sqrt(2 * np.pi)) * np.exp(-(0.5**2) / (2 * 2.0**2))
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+def test_gradient_along_the_outline_does_not_count():
+    mask = np.zeros((40, 60), bool)
+    mask[:, 30:] = True
+    stripes = np.repeat((np.arange(40) % 8 * 30).astype(np.uint8)[:, None], 60, 1)
+    image = np.repeat(stripes[..., None], 3, 2)
+    np.testing.assert_allclose(quality.normal_gradient(image, mask), 0, atol=1e-6)
+
+
+def test_gradient_moves_and_turns_with_the_image():
+    mask = _disc()
+    rng = np.random.default_rng(0)
+    image = _painted(mask, blur=1)
+    image = (image + rng.integers(0, 20, image.shape)).astype(np.uint8)
+    here = quality.normal_gradient(image, mask).mean()
+    moved = quality.normal_gradient(np.roll(image, (3, 5), (0, 1)), np.roll(mask, (3, 5), (0, 1)))
+    turned = quality.normal_gradient(np.rot90(image).copy(), np.rot90(mask).copy())
+    assert moved.mean() == pytest.approx(here, rel=1e-6)
+    assert turned.mean() == pytest.approx(here, rel=1e-6)
+
+
+def test_seam_score_of_hard_equal_and_blurred_outlines():
+    mask, other = _disc(), _disc(centre=(22, 36), radius=14)
+    real = [_painted(other, blur=1.5)], [other]
+    same = quality.seam_score([_painted(mask, blur=1.5)], [mask], *real)
+    hard = quality.seam_score([_painted(mask)], [mask], *real)
+    soft = quality.seam_score([_painted(mask, blur=5)], [mask], *real)
+    assert abs(same.score) < 0.05 < 0.3 < hard.score
+    assert soft.score < -0.3
+    assert (same.n, same.n_reference) == (1, 1)
+
+
+def test_outline_on_the_image_border_is_no_seam():
+    mask = np.zeros((40, 60), bool)
+    mask[:, :20] = True
+    image = _painted(np.zeros_like(mask))
+    assert quality.normal_gradient(image, mask).max() == 0
+    assert quality.normal_gradient(image, np.ones_like(mask)).size == 0
+
+
+def test_bad_input(features):
+    rng = np.random.default_rng(0)
+    x, y = features
+    with pytest.raises(ValueError, match="one extractor"):
+        quality.kid(x, y[:, :3], rng=rng)
+    with pytest.raises(ValueError, match="subset_size is 99"):
+        quality.kid(x, y, subset_size=99, rng=rng)
+    with pytest.raises(ValueError, match="n >= 2"):
+        quality.kid(x[:1], y, rng=rng)
+    with pytest.raises(ValueError, match="at least 4"):
+        quality.kid_floor(x[:3], rng=rng)
+    with pytest.raises(ValueError, match="not finite"):
+        quality.kid(np.full((4, 7), np.nan), y, rng=rng)
+    mask = _disc()
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        quality.normal_gradient(mask.astype(float), mask)
+    with pytest.raises(ValueError, match="as the image"):
+        quality.normal_gradient(_painted(mask), mask[:-1])
+    with pytest.raises(ValueError, match="one mask an image"):
+        quality.seam_score([_painted(mask)], [], [_painted(mask)], [mask])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        quality.seam_score([_painted(mask)], [np.zeros_like(mask)], [_painted(mask)], [mask])

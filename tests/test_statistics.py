@@ -1,0 +1,168 @@
+"""Scores against scikit-learn, the bootstrap against a slow literal version and its own promise."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
+
+from helpers import statistics
+
+
+def _predictions(seed, n=60, n_classes=4):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, n_classes, n)
+    yhat = np.where(rng.random(n) < 0.6, y, rng.integers(0, n_classes, n))
+    return y, yhat
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_scikit_learn(seed):
+    y, yhat = _predictions(seed)
+    labels = list(range(5))  # the fifth class never occurs
+    found = statistics.scores(y, yhat, 5)
+    assert found["accuracy"] == pytest.approx(accuracy_score(y, yhat))
+    expected = f1_score(y, yhat, labels=labels, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected)
+    expected = cohen_kappa_score(y, yhat, labels=labels, weights="quadratic")
+    assert found["kappa"] == pytest.approx(expected)
+
+
+def test_named_labels_give_the_same_scores():
+    y, yhat = _predictions(0)
+    names = np.array(["benign", "well", "moderate", "poor"])
+    assert statistics.scores(names[y], names[yhat], list(names)) == statistics.scores(y, yhat, 4)
+
+
+def test_kappa_knows_the_order_of_the_grades():
+    y = np.array([0, 1, 2, 3] * 5)
+    near, far = y.copy(), y.copy()
+    near[:4], far[:4] = [1, 2, 3, 2], [3, 3, 0, 0]
+    assert statistics.scores(y, near, 4)["accuracy"] == statistics.scores(y, far, 4)["accuracy"]
+    assert statistics.scores(y, near, 4)["kappa"] > statistics.scores(y, far, 4)["kappa"]
+
+
+def test_degenerate_cases_are_defined():
+    same = statistics.scores([2, 2, 2], [2, 2, 2], 4)
+    assert same == {"accuracy": 1.0, "macro_f1": 0.25, "kappa": 1.0}
+    constant = statistics.scores([0, 1, 2, 3], [1, 1, 1, 1], 4)
+    assert constant["kappa"] == pytest.approx(0)
+
+
+def test_relative_gain_by_hand():
+    gain = statistics.average_relative_gain({"a": 0.6, "b": 0.9}, {"a": 0.5, "b": 1.0})
+    assert gain == pytest.approx(100 * (0.2 - 0.1) / 2)
+
+
+def _literal_bootstrap(y, a, b, groups, n_classes, metric, n_boot, rng):
+    """Images of drawn patients put side by side, scored by :func:`statistics.scores`."""
+    names = np.unique(groups)
+    sample = []
+    for counts in rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot):
+        rows = np.concatenate([
+            np.repeat(np.flatnonzero(groups == name), count)
+            for name, count in zip(names, counts, strict=True)
+        ])  # fmt: skip
+        difference = [
+            statistics.scores(y[rows], vb[rows], n_classes)[metric]
+            - statistics.scores(y[rows], va[rows], n_classes)[metric]
+            for va, vb in zip(a, b, strict=True)
+        ]
+        sample.append(np.mean(difference))
+    return np.quantile(sample, [0.025, 0.975])
+
+
+@pytest.mark.parametrize("metric", statistics.METRICS)
+def test_bootstrap_equals_the_literal_one(metric):
+    y, a0 = _predictions(1, n=37)
+    a = np.stack([a0, np.random.default_rng(2).permutation(a0)])
+    b = np.stack([np.where(np.arange(37) % 3 == 0, y, row) for row in a])
+    groups = np.arange(37) // 5
+    found = statistics.paired_bootstrap(
+        y, a, b, groups, labels=4, metric=metric, n_boot=150, rng=np.random.default_rng(3)
+    )
+    expected = _literal_bootstrap(y, a, b, groups, 4, metric, 150, np.random.default_rng(3))
+    np.testing.assert_allclose([found.low, found.high], expected, atol=1e-12)
+    assert found.n_groups == 8
+
+
+def test_bootstrap_does_not_depend_on_order_or_on_names_of_patients():
+    y, a = _predictions(4)
+    _, b = _predictions(5)
+    groups = np.arange(60) // 6
+    order = np.random.default_rng(6).permutation(60)
+    kwargs = dict(labels=4, metric="macro_f1", n_boot=100)
+    one = statistics.paired_bootstrap(y, a, b, groups, rng=np.random.default_rng(7), **kwargs)
+    two = statistics.paired_bootstrap(
+        y[order], a[order], b[order], [f"p{g}" for g in groups[order]],
+        rng=np.random.default_rng(7), **kwargs,
+    )  # fmt: skip
+    assert one == two
+
+
+def test_swapping_the_methods_flips_the_sign():
+    y, a = _predictions(8)
+    b = y.copy()
+    groups = np.arange(60) // 4
+    kwargs = dict(labels=4, n_boot=200)
+    ab = statistics.paired_bootstrap(y, a, b, groups, rng=np.random.default_rng(0), **kwargs)
+    ba = statistics.paired_bootstrap(y, b, a, groups, rng=np.random.default_rng(0), **kwargs)
+    assert ab.difference == pytest.approx(-ba.difference)
+    assert (ab.low, ab.high) == pytest.approx((-ba.high, -ba.low))
+    assert ab.p == ba.p < 0.05
+
+
+def test_interval_covers_the_truth_and_resampling_images_would_not():
+    """Images of a patient are right or wrong together; both methods are equally good."""
+    rng = np.random.default_rng(9)
+    n_groups, n_each, trials = 30, 10, 200
+    by_patient = by_image = 0
+    y = np.zeros(n_groups * n_each, int)
+    groups = np.repeat(np.arange(n_groups), n_each)
+    for _ in range(trials):
+        a, b = (np.repeat(rng.random(n_groups) < 0.3, n_each).astype(int) for _ in range(2))
+        kwargs = dict(labels=2, n_boot=200, rng=rng)
+        c = statistics.paired_bootstrap(y, a, b, groups, **kwargs)
+        by_patient += c.low <= 0 <= c.high
+        c = statistics.paired_bootstrap(y, a, b, np.arange(y.size), **kwargs)
+        by_image += c.low <= 0 <= c.high
+    assert 0.88 <= by_patient / trials <= 1.0
+    assert by_image / trials < 0.75
+
+
+def test_same_predictions_differ_by_nothing():
+    y, a = _predictions(10)
+    c = statistics.paired_bootstrap(
+        y, a, a, np.arange(60) // 6, labels=4, n_boot=50, rng=np.random.default_rng(0)
+    )
+    assert (c.difference, c.low, c.high, c.p) == (0, 0, 0, 1)
+    assert statistics.verdict(c.difference, c.low, c.high, c.p) == "no difference"
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([]).size == 0
+
+
+def test_verdicts():
+    assert statistics.verdict(0.1, 0.02, 0.2, 0.01) == "better"
+    assert statistics.verdict(-0.1, -0.2, -0.02, 0.01) == "worse"
+    assert statistics.verdict(0.1, 0.02, 0.2, 0.2) == "no difference"
+
+
+def test_bad_input():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"outside 0 \.\. 2"):
+        statistics.scores([0, 3], [0, 1], 3)
+    with pytest.raises(ValueError, match="not among the labels"):
+        statistics.scores(["a", "z"], ["a", "a"], ["a", "b"])
+    with pytest.raises(ValueError, match="one prediction an image"):
+        statistics.scores([0, 1], [0, 1, 1], 2)
+    with pytest.raises(ValueError, match="empty"):
+        statistics.scores(np.array([], int), np.array([], int), 2)
+    with pytest.raises(ValueError, match="at least two"):
+        statistics.paired_bootstrap([0, 1], [0, 1], [0, 1], ["p", "p"], labels=2, rng=rng)
+    with pytest.raises(ValueError, match="choose one of"):
+        statistics.paired_bootstrap([0], [0], [0], [0], labels=2, metric="auc", rng=rng)
+    with pytest.raises(ValueError, match="positive baselines"):
+        statistics.average_relative_gain({"kappa": 0.1}, {"kappa": 0.0})
+    with pytest.raises(ValueError, match="lie in"):
+        statistics.holm([0.5, 1.2])
