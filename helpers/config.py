@@ -56,7 +56,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 #: Data sets that are read from a folder the user names.
-NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate")
+NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist")
 
 
 class Common(BaseModel):
@@ -93,7 +93,16 @@ class Tissue(Common):
     """00 tissue."""
 
     dataset: Annotated[
-        Literal["phantom", "ihc", "folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist"],
+        Literal[
+            "phantom",
+            "phantom-prostate",
+            "ihc",
+            "folder",
+            "glas",
+            "kbsmc-colon",
+            "usz-prostate",
+            "pathmnist",
+        ],
         Field(description="data set that the run studies"),
     ]
     data_root: Annotated[
@@ -161,6 +170,7 @@ class PcaPooling(WithDevice):
     background: Annotated[
         Literal["keep", "white", "mean"], Field(description="what a crop shows outside its mask")
     ]
+    tidy: Annotated[bool, Field(description="keep the largest part of a segment, holes filled")]
     n_components: Annotated[Positive, Field(description="features kept by PCA, p")]
 
 
@@ -168,10 +178,12 @@ class ProbabilisticReplacement(Common):
     """04 probabilistic replacement."""
 
     exclude_own_image: Annotated[bool, Field(description="never draw from the target's own image")]
+    exclude_own_patient: Annotated[bool, Field(description="nor from the target's own patient")]
     refuse_border: Annotated[bool, Field(description="refuse segments cut by the image border")]
     placement: Annotated[Literal["moments", "boxes"], Field(description="affine transform from")]
     scale_min: Annotated[PositiveFloat, Field(description="smallest scale of the transform")]
     scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
+    stretch_max: Annotated[float, Field(ge=1, description="largest ratio of its two scales")]
     stain: Annotated[
         Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
     ]

@@ -1,0 +1,418 @@
+"""Run the chapters of a run in order, each in a process of its own.
+
+::
+
+    python -m helpers.execute --preset tutorial
+    python -m helpers.execute --preset tutorial --dataset glas --data-root PATH
+    python -m helpers.execute --run tutorial-phantom --only 05 -p steps 100
+
+Parameters come from the notebook's parameters cell, then the preset, then ``--dataset`` and
+``--data-root``, then ``-p``; all of them are checked for all chapters before anything runs.
+A chapter whose code, parameters, helpers, weights and inputs are those of its last run is left
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from helpers import config, runs
+
+__all__ = ["execute", "main", "parameters_cell", "preset"]
+
+PRESETS = runs.REPOSITORY / "notebooks" / "presets"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Read a preset.
+
+    Parameters
+    ----------
+    name : str
+        ``smoke``, ``tutorial``, ``paper``, or a path to a YAML file.
+
+    Returns
+    -------
+    dict
+        Parameter names to values.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such preset.
+    ValueError
+        If the file is no flat mapping.
+    """
+    path = Path(name) if name.endswith((".yml", ".yaml")) else PRESETS / f"{name}.yml"
+    if not path.exists():
+        there = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yml")))
+        raise FileNotFoundError(f"no preset {name!r}: there are {there}, or give a .yml file")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a preset is a flat mapping 'name: value', one a line")
+    return values
+
+
+def parameters_cell(chapter: str) -> dict[str, Any]:
+    """Values in the parameters cell of a chapter's notebook.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the chapter has no notebook.
+    ValueError
+        If there is not exactly one such cell, or it holds more than literals.
+    """
+    path = runs.notebook(chapter)
+    if not path.exists():
+        raise FileNotFoundError(f"chapter {chapter} has no notebook {path.name} in notebooks/")
+    cells = [
+        cell
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if "parameters" in cell.get("metadata", {}).get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise ValueError(f"{path.name}: {len(cells)} cells are tagged 'parameters', should be one")
+    values = {}
+    for node in ast.parse("".join(cells[0]["source"])).body:
+        simple = isinstance(node, ast.Assign) and len(node.targets) == 1
+        if not simple or not isinstance(node.targets[0], ast.Name):
+            raise ValueError(f"{path.name}: the parameters cell holds more than 'name = literal'")
+        values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
+
+
+def settings(
+    chapters: Sequence[str], given: Mapping[str, Any]
+) -> tuple[dict[str, config.Common], dict[str, dict[str, Any]]]:
+    """Check the parameters of all chapters and say what each has to be told.
+
+    Returns
+    -------
+    (dict, dict)
+        Chapter to its frozen parameters; chapter to the values that differ from its notebook.
+
+    Raises
+    ------
+    ValueError
+        Names every wrong parameter of every chapter.
+    """
+    if wrong := config.unknown(given):
+        raise ValueError("unknown parameters, nothing has been run:\n  - " + "\n  - ".join(wrong))
+    checked, told, problems = {}, {}, []
+    for chapter in chapters:
+        cell = parameters_cell(chapter)
+        own = {name: given[name] for name in config.names(chapter) if name in given}
+        try:
+            checked[chapter] = config.build(chapter, {**cell, **own})
+        except ValueError as error:
+            problems.append(str(error))
+        told[chapter] = {name: value for name, value in own.items() if cell.get(name) != value}
+    if problems:
+        raise ValueError("\n".join(problems))
+    return checked, told
+
+
+def execute(
+    run: str,
+    given: Mapping[str, Any],
+    *,
+    only: Sequence[str] | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Run the chapters that are not up to date.
+
+    Parameters
+    ----------
+    run : str
+        Name of the run folder.
+    given : mapping of str to object
+        Parameters that replace those of the notebooks.
+    only : sequence of str, optional
+        Chapters to consider; all by default.
+    force : bool
+        Run them even if they are up to date.
+
+    Returns
+    -------
+    list of str
+        Chapters that were run.
+
+    Raises
+    ------
+    ValueError
+        For wrong parameters, before anything runs.
+    runs.Failed
+        When a chapter stops with an error; what was there before it is kept.
+    """
+    chapters = list(only) if only else list(config.CHAPTERS)
+    checked, told = settings(chapters, {**given, "run": run})
+    start, done = time.perf_counter(), []
+    print(f"run {run}: {len(chapters)} chapters")
+    for chapter in chapters:
+        good, why = _up_to_date(run, chapter, checked[chapter])
+        if good and not force:
+            print(f"  {chapter:<30} up to date", flush=True)
+            continue
+        why = "forced" if good else why
+        with _status(chapter, why) as status:
+            status.memory = _papermill(run, chapter, told[chapter])
+        _note(run, chapter, status.seconds, status.memory)
+        done.append(chapter)
+    minutes = (time.perf_counter() - start) / 60
+    peak = max((t["peak_memory_gb"] for t in timings(run).values()), default=0.0)
+    rest = f", {minutes:.1f} min, peak memory {peak:.1f} GB" if done else ""
+    print(f"run {run}: {len(done)} chapters run, {len(chapters) - len(done)} up to date{rest}")
+    return done
+
+
+def timings(run: str) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of each chapter when it last ran: ``timings.json`` of the run."""
+    path = runs.root() / run / "timings.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def executed(run: str, chapter: str) -> Path:
+    """Executed notebook of a chapter in the run folder."""
+    return runs.root() / run / "notebooks" / f"{chapter}.ipynb"
+
+
+# --- one chapter ---------------------------------------------------------------------------------
+
+
+def _up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str]:
+    good, why = runs.up_to_date(run, chapter, params)
+    if not good:
+        return good, why
+    record = executed(run, chapter).with_suffix(".json")
+    if not (record.exists() and executed(run, chapter).exists()):
+        return False, "no executed notebook"
+    before = json.loads(record.read_text(encoding="utf-8"))
+    now = _record(run, chapter)
+    if before["code"] != now["code"]:
+        return False, "notebook code changed"
+    if before["manifest"] != now["manifest"]:
+        return False, "was run by hand since"
+    return True, why
+
+
+def _record(run: str, chapter: str) -> dict[str, str]:
+    manifest = runs.root() / run / chapter / "manifest.json"
+    return {
+        "code": hashlib.sha256(runs.code(chapter).encode()).hexdigest(),
+        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+    }
+
+
+def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
+    """Execute one notebook in a process of its own; return its peak memory in GB."""
+    target = executed(run, chapter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = target.with_suffix(".failed.ipynb")
+    working = target.with_name(f".{chapter}.running.ipynb")
+    log = target.with_suffix(".log")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "parameters.yml"
+        file.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+        command = [sys.executable, "-m", "papermill", str(runs.notebook(chapter)), str(working)]
+        command += ["-f", str(file), "-k", "python3", "--no-progress-bar"]
+        command += ["--cwd", str(runs.REPOSITORY)]
+        with log.open("w", encoding="utf-8") as stream:
+            code = subprocess.run(
+                command, stdout=stream, stderr=stream, env=_environment(), check=False
+            ).returncode
+    manifest = runs.root() / run / chapter / "manifest.json"
+    if code != 0:
+        if working.exists():
+            os.replace(working, failed)
+        raise runs.Failed(_failure(chapter, failed, log))
+    if not manifest.exists():
+        os.replace(working, failed)
+        raise runs.Failed(f"{chapter} ended without stage.finish(results), so it left no results")
+    os.replace(working, target)
+    for path in (failed, log):
+        path.unlink(missing_ok=True)
+    runs.dump(target.with_suffix(".json"), _record(run, chapter))
+    return float(json.loads(manifest.read_text(encoding="utf-8"))["peak_memory_gb"])
+
+
+def _environment() -> dict[str, str]:
+    """Environment of a chapter: the kernel of this very Python, quiet logs."""
+    kernels = str(Path(sys.prefix) / "share" / "jupyter")
+    path = os.pathsep.join(filter(None, [kernels, os.environ.get("JUPYTER_PATH")]))
+    backend = "module://matplotlib_inline.backend_inline"
+    fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
+    return {**os.environ, **fixed, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+
+def _failure(chapter: str, failed: Path, log: Path) -> str:
+    """Message of a failed chapter: its own error, or the last lines of the log."""
+    if failed.exists():
+        for cell in json.loads(failed.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", ()):
+                if output["output_type"] == "error":
+                    said = f"{output['ename']}: {output['evalue']}"
+                    return f"{chapter} failed: {said}\n(notebook with the traceback: {failed})"
+    tail = "\n".join(log.read_text(encoding="utf-8").strip().splitlines()[-15:])
+    return f"{chapter} could not be executed:\n{tail}"
+
+
+def _note(run: str, chapter: str, seconds: float, memory: float) -> None:
+    table = timings(run)
+    table[chapter] = {"seconds": round(seconds, 1), "peak_memory_gb": round(memory, 2)}
+    runs.dump(runs.root() / run / "timings.json", table)
+
+
+class _Status:
+    seconds = 0.0
+    memory = 0.0
+
+
+@contextlib.contextmanager
+def _status(chapter: str, why: str) -> Iterator[_Status]:
+    """One line a chapter: its name while it runs, then seconds and memory on the same line."""
+    status, start = _Status(), time.perf_counter()
+    print(f"  {chapter:<30} ", end="", flush=True)
+    try:
+        yield status
+    except BaseException:
+        print(f"FAILED after {time.perf_counter() - start:.0f} s", flush=True)
+        raise
+    status.seconds = time.perf_counter() - start
+    print(f"{status.seconds:6.1f} s {status.memory:6.2f} GB   ({why})", flush=True)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def chapter_named(text: str) -> str:
+    """Full name of a chapter from its name or its number, e.g. ``05`` or ``A1``.
+
+    Raises
+    ------
+    ValueError
+        If no chapter starts like that.
+    """
+    name = Path(text).stem
+    found = [c for c in config.CHAPTERS if c == name or c.split("_")[0].lower() == name.lower()]
+    if not found:
+        near = difflib.get_close_matches(name, config.CHAPTERS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(config.CHAPTERS)}"
+        raise ValueError(f"no chapter {text!r}: {hint}")
+    return found[0]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.execute", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--preset", help="smoke, tutorial (default), paper, or a .yml file")
+    parser.add_argument("--dataset", help="data set, in place of the preset's")
+    parser.add_argument("--data-root", help="folder of the data set")
+    parser.add_argument("--run", help="run folder; default <preset>-<dataset>")
+    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="these chapters, e.g. 05 A1")
+    parser.add_argument("--from", dest="start", metavar="CHAPTER", help="this chapter and later")
+    parser.add_argument("--force", action="store_true", help="run them even if up to date")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter"
+    )
+    parser.add_argument("--book", action="store_true", help="build the book afterwards")
+    parser.add_argument("--parameters", action="store_true", help="list all parameters and stop")
+    return parser.parse_args(arguments)
+
+
+def resolve(
+    arguments: argparse.Namespace,
+) -> tuple[str, dict[str, Any], list[str], dict[str, Any]]:
+    """Run name, parameters, chapters and what to remember of a command line.
+
+    With ``--run`` of an existing run and no ``--preset``, the run's own preset and options are
+    taken up again.
+    """
+    options = {name: yaml.safe_load(value) for name, value in arguments.p}
+    if arguments.dataset:
+        options["dataset"] = arguments.dataset
+    if arguments.data_root:
+        options["data_root"] = arguments.data_root
+    name, run = arguments.preset, arguments.run or options.pop("run", None)
+    record = runs.root() / run / "run.json" if run else None
+    if name is None and record is not None and record.exists():
+        old = json.loads(record.read_text(encoding="utf-8"))
+        name, options = old["preset"], {**old["options"], **options}
+    name = name or "tutorial"
+    given = {**preset(name), **options}
+    if given.get("data_root"):
+        given["data_root"] = str(_existing(given["data_root"]))
+        if "data_root" in options:
+            options["data_root"] = given["data_root"]
+    run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
+    chapters = [chapter_named(text) for text in arguments.only or ()]
+    if arguments.start:
+        every = list(config.CHAPTERS)
+        chapters = every[every.index(chapter_named(arguments.start)) :]
+    ordered = [c for c in config.CHAPTERS if not chapters or c in chapters]
+    given["run"] = run
+    settings(ordered, given)
+    return run, given, ordered, {"preset": name, "options": options}
+
+
+def _existing(folder: str) -> Path:
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"data_root={folder!r} is no folder (looked at {path}): correct the path, or see "
+            "data/README.md for where to download the data set"
+        )
+    return path
+
+
+def _list_parameters() -> None:
+    for chapter, model in config.CHAPTERS.items():
+        print(chapter)
+        for name, field in model.model_fields.items():
+            print(f"  {name:<24} {field.description}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: see the module's description. Returns the exit status."""
+    parsed = _parse(arguments)
+    if parsed.parameters:
+        _list_parameters()
+        return 0
+    try:
+        run, given, chapters, record = resolve(parsed)
+        note = runs.root() / run / "run.json"
+        if not note.exists():
+            runs.dump(note, record)
+        execute(run, given, only=chapters, force=parsed.force)
+        runs.dump(note, record)
+        if parsed.book:
+            from helpers import book
+
+            book.build(run)
+    except (ValueError, FileNotFoundError, runs.Failed) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished chapters are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

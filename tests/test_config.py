@@ -1,0 +1,161 @@
+import types
+
+import pytest
+
+from helpers import config
+
+GOOD = {
+    "00_tissue": dict(
+        run="a", seed=0, dataset="phantom", data_root=None, companion="ihc", image_size=64,
+        train_per_class=2, val_per_class=1, test_per_class=1, test2_per_class=0,
+    ),
+}  # fmt: skip
+
+
+def tissue(**changes):
+    return config.build("00_tissue", {**defaults("00_tissue"), **changes})
+
+
+def defaults(chapter):
+    """Good values of a chapter: its notebook's, or those above while there is none."""
+    from helpers import execute, runs
+
+    if runs.notebook(chapter).exists():
+        return execute.parameters_cell(chapter)
+    return dict(GOOD[chapter])
+
+
+def test_parameters_are_frozen():
+    params = tissue()
+    with pytest.raises(ValueError, match="frozen"):
+        params.seed = 3
+
+
+def test_an_int_passes_for_a_float_but_no_bool_for_an_int():
+    class Model(config.Common):
+        x: config.PositiveFloat
+        n: config.Positive
+
+    assert Model(run="a", seed=0, x=2, n=1).x == 2.0
+    for wrong in ({"x": True, "n": 1}, {"x": 1.0, "n": True}, {"x": 1.0, "n": 1.0}):
+        with pytest.raises(ValueError, match="should be a valid"):
+            Model(run="a", seed=0, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("image_size", "256", "should be a valid integer"),
+        ("image_size", 1, "greater than or equal to"),
+        ("dataset", "fantom", "should be 'phantom'"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("run", "../up", "should be a folder name"),
+        ("run", ".hidden", "should be a folder name"),
+        ("companion", "glas", "should be 'ihc'"),
+    ],
+)
+def test_wrong_values_are_named_with_value_and_reason(name, value, said):
+    with pytest.raises(ValueError) as error:
+        tissue(**{name: value})
+    assert f"{name} = {value!r}: " in str(error.value)
+    assert said in str(error.value)
+    assert "nothing has been run" in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ValueError, match="3 parameters are wrong") as error:
+        tissue(image_size=1, seed="x", dataest="glas")
+    assert "did you mean `dataset`?" in str(error.value)
+
+
+def test_a_missing_parameter_is_named():
+    values = defaults("00_tissue")
+    del values["companion"]
+    with pytest.raises(ValueError, match="companion: the parameters cell does not set it"):
+        config.build("00_tissue", values)
+
+
+def test_a_data_set_in_a_folder_needs_its_folder():
+    with pytest.raises(ValueError, match="data_root is None: give the folder"):
+        tissue(dataset="glas", data_root=None)
+
+
+def test_names_of_other_chapters_are_left_out():
+    other = next(n for n in config.names("05_sde_mcg_inpainting") if n not in config.COMMON)
+    assert not hasattr(tissue(**{other: 1}), other)
+
+
+def test_read_skips_what_is_no_parameter():
+    namespace = {
+        **defaults("00_tissue"),
+        "np": types,
+        "helper": len,
+        "Class": dict,
+        "_private": 1,
+        "In": [],
+        "Out": {},
+        "__name__": "__main__",
+    }
+    assert config.read("00_tissue", namespace) == tissue()
+
+
+def test_read_refuses_a_mistyped_name():
+    with pytest.raises(ValueError, match=r"imge_size = 3: no chapter has .* mean `image_size`"):
+        config.read("00_tissue", {**defaults("00_tissue"), "imge_size": 3})
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained():
+    for chapter, model in config.CHAPTERS.items():
+        for name, field in model.model_fields.items():
+            if field.annotation is float:
+                with pytest.raises(ValueError, match=r"reads 1e-3 as text, write 0\.001"):
+                    config.build(chapter, {name: "1e-3"})
+                return
+    pytest.fail("no chapter has a float")
+
+
+def test_a_wrong_list_item_is_named_by_its_place():
+    with pytest.raises(ValueError, match=r"n_per_class\[1\] = True"):
+        config.build("06_synthesis", {"n_per_class": [1, True]})
+
+
+def test_an_unknown_chapter_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean '06_synthesis'"):
+        config.build("06_sinthesis", {})
+
+
+def test_every_name_belongs_to_one_chapter():
+    owners = {}
+    for chapter in config.CHAPTERS:
+        for name in config.names(chapter):
+            owners.setdefault(name, []).append(chapter)
+    shared = {n: c for n, c in owners.items() if len(c) > 1 and n not in config.COMMON}
+    assert not shared, f"shared between chapters: {shared}"
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_every_parameter_says_what_it_is(chapter):
+    fields = config.CHAPTERS[chapter].model_fields
+    for name, field in fields.items():
+        assert field.description, f"{chapter}: {name} has no description"
+        assert field.is_required(), f"{chapter}: {name} has a default outside the notebook"
+
+
+def test_the_table_shows_name_value_and_meaning():
+    table = config._Table(tissue(run="abc"))
+    page = table._repr_html_()
+    assert "<code>image_size</code>" in page and "&#x27;abc&#x27;" in page
+    assert "image_size" in repr(table)
+
+
+def test_auto_is_a_device_that_is_there():
+    assert config.torch_device("auto") in {"cpu", "cuda"}
+    assert config.torch_device("cpu") == "cpu"
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU here: use device='auto'"):
+        config.torch_device("cuda:0")

@@ -1,0 +1,200 @@
+"""Runs two tiny chapters in a copy of the repository, so that real chapters may take their time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from helpers import config, execute, runs
+
+TISSUE, FIRST = "00_tissue", "01_superpixel_prompting"
+
+BODY = {
+    TISSUE: """stage.path("images.csv").write_text("image_id\\n1\\n")
+stage.finish({"n": params.image_size, "draw": stage.rng().random()});""",
+    FIRST: """n = len(stage.records())
+if params.n_points == 13:
+    raise ValueError("thirteen points bring bad luck: give another number")
+stage.finish({"n": n});""",
+}
+
+VALUES = {
+    "run": "tutorial-phantom", "seed": 0, "device": "auto", "dataset": "phantom",
+    "data_root": None, "companion": None, "image_size": 64, "n_segments": 8, "n_points": 5,
+}  # fmt: skip
+
+
+def value(chapter, name):
+    """A value that the model takes: given above, or the first of some likely ones that passes."""
+    if name in VALUES:
+        return VALUES[name]
+    model = config.CHAPTERS[chapter]
+    for guess in (2, 0.5, True, "small", "best", "reinhard", None, [1]):
+        try:
+            model(**{name: guess})
+        except ValueError as error:
+            if all(problem["loc"] != (name,) for problem in error.errors()):
+                return guess
+    raise AssertionError(f"no guess for {name}")
+
+
+def write_chapter(root, chapter):
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {chapter}"),
+        nbformat.v4.new_code_cell("from helpers import config, runs"),
+        nbformat.v4.new_code_cell(
+            "\n".join(f"{name} = {value(chapter, name)!r}" for name in config.names(chapter)),
+            metadata={"tags": ["parameters"]},
+        ),
+        nbformat.v4.new_code_cell(
+            f'params = config.read("{chapter}", globals())\nstage = runs.begin("{chapter}", params)'
+        ),
+        nbformat.v4.new_code_cell(BODY[chapter]),
+    ]
+    for index, cell in enumerate(cells):
+        cell.id = f"cell-{index}"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(book, root / "notebooks" / f"{chapter}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, repository_root):
+    """A copy of the repository whose two chapters do next to nothing."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "helpers").mkdir()
+    for name in ("__init__", "config", "runs", "execute"):
+        shutil.copy(repository_root / "helpers" / f"{name}.py", root / "helpers")
+    shutil.copytree(repository_root / "notebooks" / "presets", root / "notebooks" / "presets")
+    for chapter in BODY:
+        write_chapter(root, chapter)
+    return root
+
+
+@pytest.fixture(scope="module")
+def repository_root():
+    return runs.REPOSITORY
+
+
+def run(project, *arguments):
+    """The command line, on the two chapters of the copy."""
+    environment = {**os.environ, "USEGMIX_RUNS": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.execute", "--run", "r", *arguments],
+        cwd=project, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def done(result):
+    """Chapters that a call has run, from its log."""
+    return [line.split()[0] for line in result.stdout.splitlines() if " GB   (" in line]
+
+
+def test_two_chapters_in_the_life_of_a_run(project):
+    folder = project / "data" / "runs" / "r"
+    both = ("--only", "00", "01_superpixel_prompting")
+
+    result = run(project, *both)
+    assert result.returncode == 0, result.stderr
+    assert done(result) == [TISSUE, FIRST]
+    assert " s " in result.stdout and "not run yet" in result.stdout
+    times = json.loads((folder / "timings.json").read_text())
+    assert set(times) == {TISSUE, FIRST} and times[FIRST]["peak_memory_gb"] > 0
+    assert (folder / "notebooks" / f"{FIRST}.ipynb").exists()
+    before = (folder / TISSUE / "results.json").read_bytes()
+
+    result = run(project, *both)
+    assert done(result) == [] and result.stdout.count("up to date") == 3
+
+    # prose is no reason to run again, code is
+    path = project / "notebooks" / f"{FIRST}.ipynb"
+    source = path.read_text()
+    path.write_text(source.replace(f"# {FIRST}", "# Another title"))
+    assert done(run(project, *both)) == []
+    path.write_text(source.replace('"n\\": n', '"n\\": n + 1'))
+    result = run(project, *both)
+    path.write_text(source)
+    assert done(result) == [FIRST] and "notebook code changed" in result.stdout
+    assert done(run(project, *both)) == [FIRST]
+
+    # a failing chapter says why and keeps what was there
+    kept = (folder / FIRST / "results.json").read_bytes()
+    result = run(project, *both, "-p", "n_points", "13")
+    assert result.returncode == 1
+    assert "ValueError: thirteen points bring bad luck: give another number" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (folder / FIRST / "results.json").read_bytes() == kept
+    failed = folder / "notebooks" / f"{FIRST}.failed.ipynb"
+    assert "thirteen" in failed.read_text()
+
+    # the same seed gives the same bytes; a failed option is not remembered
+    assert done(run(project, *both)) == []
+    assert done(run(project, "--only", "00", "--force")) == [TISSUE]
+    assert (folder / TISSUE / "results.json").read_bytes() == before
+
+
+def test_wrong_parameters_are_refused_before_anything_runs(project):
+    result = run(project, "--only", "00", "-p", "imge_size", "3")
+    assert result.returncode == 1 and "did you mean `image_size`" in result.stderr
+    result = run(project, "--only", "00", "-p", "image_size", "many")
+    assert result.returncode == 1 and "image_size = 'many': should be a valid" in result.stderr
+    assert "GB" not in result.stdout
+
+
+def test_a_missing_predecessor_is_named(project):
+    result = subprocess.run(
+        [sys.executable, "-m", "helpers.execute", "--run", "empty", "--only", "01"],
+        cwd=project, env={**os.environ, "USEGMIX_RUNS": ""}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "--run empty --only 00_tissue" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "smok"], "no preset 'smok': there are"),
+        (["--data-root", "no/such/folder"], "data_root='no/such/folder' is no folder"),
+        (["--only", "5x"], "no chapter '5x'"),
+        (["-p", "stpes", "7"], "did you mean `steps`"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, said, run_root, capsys):
+    assert execute.main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_chapters_are_found_by_number_and_name():
+    assert execute.chapter_named("05") == "05_sde_mcg_inpainting"
+    assert execute.chapter_named("a1") == "A1_training_sam"
+    assert execute.chapter_named("notebooks/06_synthesis.ipynb") == "06_synthesis"
+
+
+def test_all_parameters_are_listed(capsys):
+    assert execute.main(["--parameters"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in config.known())
+
+
+@pytest.mark.parametrize("name", ["smoke", "tutorial", "paper"])
+def test_presets_name_known_parameters_only(name):
+    assert config.unknown(execute.preset(name)) == []
+
+
+def test_a_preset_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "x.yml"
+    path.write_text("- a\n")
+    with pytest.raises(ValueError, match="flat mapping"):
+        execute.preset(str(path))
+
+
+def test_the_failure_of_a_kernel_shows_the_log(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("\n".join(f"line {i}" for i in range(30)) + "\nDeadKernelError: died")
+    said = execute._failure("05", tmp_path / "none.ipynb", log)
+    assert "DeadKernelError" in said and "line 3\n" not in said

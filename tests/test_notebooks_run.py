@@ -1,0 +1,158 @@
+"""Runs every chapter with the smoke preset, twice side by side, and looks at what it leaves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from helpers import config, execute, runs
+
+RUN = "smoke-phantom"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "helpers.execute", "--preset", "smoke", *arguments]
+
+
+def environment(root):
+    inline = "module://matplotlib_inline.backend_inline"
+    given = {"USEGMIX_RUNS": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": inline}
+    return {**os.environ, **given}
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Two run roots, filled by the same command with the same seed at the same time."""
+    roots = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")]
+    started = [
+        subprocess.Popen(
+            command(), cwd=runs.REPOSITORY, env=environment(root), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for root in roots
+    ]  # fmt: skip
+    logs = [process.communicate()[0] for process in started]
+    for process, log in zip(started, logs, strict=True):
+        if process.returncode:
+            pytest.fail(f"a chapter failed\n{log}", pytrace=False)
+    return roots
+
+
+@pytest.fixture
+def first(two_runs, monkeypatch):
+    """Folder of the first run, in place of ``data/runs/smoke-phantom``."""
+    monkeypatch.setenv("USEGMIX_RUNS", str(two_runs[0]))
+    return two_runs[0] / RUN
+
+
+def results(folder, chapter):
+    return json.loads((folder / chapter / "results.json").read_text(encoding="utf-8"))
+
+
+def stale(chapters=config.CHAPTERS):
+    """Chapters of the smoke run that would run now."""
+    checked, _ = execute.settings(list(chapters), execute.preset("smoke"))
+    return [c for c in chapters if not execute._up_to_date(RUN, c, checked[c])[0]]
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_results_are_there_and_finite(first, chapter):
+    found = results(first, chapter)
+    assert found, "a chapter without results"
+    manifest = json.loads((first / chapter / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["params"]["run"] == RUN
+    assert 0 < manifest["peak_memory_gb"] < 4
+    assert {"config", "runs", "figures"} <= set(manifest["helpers"])
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_the_same_seed_gives_the_same_results(two_runs, chapter):
+    one, other = ((root / RUN / chapter / "results.json").read_bytes() for root in two_runs)
+    assert one == other
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_no_cell_ends_in_an_error_or_warns(first, chapter):
+    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            assert output.output_type != "error"
+            if output.output_type == "stream" and output.name == "stderr":
+                assert "Warning" not in output.text, output.text
+            assert str(runs.REPOSITORY) not in json.dumps(output), "a path of this machine"
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_every_figure_is_drawn(first, chapter):
+    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    for cell in notebook.cells:
+        if "figure" in cell.metadata.get("mystnb", {}):
+            pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            assert len(pictures) == 1, f"{len(pictures)} pictures from: {cell.source[:80]}"
+
+
+def test_a_finished_run_is_left_alone(two_runs):
+    done = subprocess.run(
+        command(), cwd=runs.REPOSITORY, env=environment(two_runs[0]), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert f"0 chapters run, {len(config.CHAPTERS)} up to date" in done.stdout
+
+
+@pytest.mark.parametrize("helper", ["superpixels", "pool", "diffusion", "classify", "train_sam"])
+def test_a_changed_helper_makes_stale_what_depends_on_it(first, helper, monkeypatch):
+    assert stale() == []
+    original = runs._hashes.file
+    changed = runs.REPOSITORY / "helpers" / f"{helper}.py"
+    monkeypatch.setattr(
+        runs._hashes, "file", lambda path: "changed" if path == changed else original(path)
+    )
+    expected = [c for c in config.CHAPTERS if helper in runs.closure(c)]
+    assert stale() == expected
+    assert 0 < len(expected) < len(config.CHAPTERS)
+
+
+def test_a_changed_parameter_makes_one_chapter_stale(first):
+    checked, _ = execute.settings(
+        list(config.CHAPTERS), {**execute.preset("smoke"), "steps": 9, "run": RUN}
+    )
+    fresh = {c: execute._up_to_date(RUN, c, checked[c]) for c in config.CHAPTERS}
+    assert [c for c, (good, _) in fresh.items() if not good] == ["05_sde_mcg_inpainting"]
+    assert fresh["05_sde_mcg_inpainting"][1] == "steps changed"
+
+
+def test_one_chapter_by_hand_with_papermill(two_runs, tmp_path):
+    """``papermill notebooks/05_*.ipynb out.ipynb -f notebooks/presets/smoke.yml -p steps 7``."""
+    root = tmp_path / "runs"
+    shutil.copytree(two_runs[1], root)
+    chapter = "05_sde_mcg_inpainting"
+    out = tmp_path / "out.ipynb"
+    preset = runs.REPOSITORY / "notebooks" / "presets" / "smoke.yml"
+    subprocess.run(
+        [sys.executable, "-m", "papermill", str(runs.notebook(chapter)), str(out), "-f",
+         str(preset), "-p", "steps", "7", "--no-progress-bar"],
+        cwd=tmp_path, env=environment(root), check=True, capture_output=True,
+    )  # fmt: skip
+    manifest = json.loads((root / RUN / chapter / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["params"]["steps"] == 7
+    assert out.exists()
+
+
+def test_a_mistyped_parameter_by_hand_is_refused_with_the_nearest(two_runs, tmp_path):
+    chapter, out = "05_sde_mcg_inpainting", tmp_path / "out.ipynb"
+    preset = runs.REPOSITORY / "notebooks" / "presets" / "smoke.yml"
+    before = (two_runs[0] / RUN / chapter / "manifest.json").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(runs.notebook(chapter)), str(out), "-f",
+         str(preset), "-p", "stpes", "7", "--no-progress-bar"],
+        cwd=tmp_path, env=environment(two_runs[0]), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (
+        "stpes = 7: no chapter has a parameter of this name; did you mean `steps`?" in done.stderr
+    )
+    assert (two_runs[0] / RUN / chapter / "manifest.json").read_bytes() == before

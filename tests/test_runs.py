@@ -1,0 +1,266 @@
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import config, runs
+
+TISSUE, FIRST, SECOND = "00_tissue", "01_superpixel_prompting", "02_anchor_clustering"
+
+
+def params(chapter, **changes):
+    """Parameters of a chapter that skip the checks: the run folder does not look at them."""
+    model = config.CHAPTERS[chapter]
+    values = {name: None for name in model.model_fields} | {"run": "r", "seed": 0}
+    return model.model_construct(**{**values, **changes})
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A repository with two chapters and three helpers, one of which imports another."""
+    root = tmp_path / "repository"
+    (root / "helpers").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    (root / "data" / "weights").mkdir(parents=True)
+    for name in ("config", "runs", "leaf", "other"):
+        (root / "helpers" / f"{name}.py").write_text("x = 1\n")
+    (root / "helpers" / "stem.py").write_text("def f():\n    from helpers import leaf\n")
+    (root / "helpers" / "leaf.py").write_text("FILE = 'tiny_net.safetensors'\n")
+    for name in ("tiny_net", "unused_net"):
+        (root / "data" / "weights" / f"{name}.safetensors").write_bytes(b"1")
+    write_notebook(root, TISSUE, "from helpers import other, runs\n%matplotlib inline")
+    write_notebook(root, FIRST, "from helpers.stem import f\nimport numpy as np")
+    monkeypatch.setattr(runs, "REPOSITORY", root)
+    monkeypatch.setattr(config, "build", lambda chapter, values: params(chapter, **values))
+    return root
+
+
+def write_notebook(root, chapter, code):
+    cell = {"cell_type": "code", "source": code.splitlines(keepends=True), "metadata": {}}
+    (root / "notebooks" / f"{chapter}.ipynb").write_text(json.dumps({"cells": [cell]}))
+
+
+def finish_tissue(**changes):
+    stage = runs.begin(TISSUE, params(TISSUE, **changes))
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(image).save(stage.path("images/007.png"))
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(stage.path("instances/007.png"))
+    stage.path("images.csv").write_text("image_id,label,split\n007,benign,train\n")
+    stage.finish({"n": 1, "classes": ["benign"]})
+    return image
+
+
+# --- writing
+
+
+def test_results_are_rounded_sorted_and_plain(tmp_path):
+    value = {"b": np.float32(1 / 3), "a": np.int64(2), 3: [np.bool_(True), None], "c": np.arange(2)}
+    runs.dump(tmp_path / "x.json", value)
+    assert list(json.loads((tmp_path / "x.json").read_text())) == ["3", "a", "b", "c"]
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "3": [True, None], "a": 2, "b": 0.333333, "c": [0, 1],
+    }  # fmt: skip
+
+
+def test_not_a_number_becomes_null(tmp_path):
+    runs.dump(tmp_path / "x.json", {"a": float("nan"), "b": np.inf})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": None}
+
+
+@pytest.mark.parametrize("value", [{"a": {"b": object()}}, {"a": {"b": {1, 2}}}])
+def test_what_json_cannot_hold_is_named(tmp_path, value):
+    with pytest.raises(TypeError, match=r"results\.a\.b is a"):
+        runs.dump(tmp_path / "x.json", value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_refused_in_results(tmp_path):
+    with pytest.raises(TypeError, match="same on every machine"):
+        runs.dump(tmp_path / "x.json", {"a": tmp_path})
+
+
+def test_writing_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="stop"), runs.replacing(path) as tmp:
+        tmp.write_text("half")
+        raise RuntimeError("stop")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_writing_keeps_the_suffix(tmp_path):
+    with runs.replacing(tmp_path / "a.npz") as tmp:
+        np.savez(tmp, a=1)
+    assert np.load(tmp_path / "a.npz")["a"] == 1
+
+
+# --- a chapter
+
+
+def test_artefacts_appear_when_the_chapter_finishes(run_root, source):
+    stage = runs.begin(TISSUE, params(TISSUE))
+    with stage.writing("sub/a.txt") as tmp:
+        tmp.write_text("x")
+    assert not (run_root / "r" / TISSUE).exists()
+    stage.timing("draw", 1.5)
+    assert stage.finish({"n": np.int64(3)}) == {"n": 3}
+    assert stage.path("sub/a.txt").read_text() == "x"
+    manifest = json.loads(stage.path("manifest.json").read_text())
+    assert manifest["timings"] == {"draw": 1.5}
+    assert manifest["seconds"] >= 0 and manifest["peak_memory_gb"] > 0
+    assert set(manifest["helpers"]) == {"config", "runs", "other"}
+    assert "numpy" in manifest["versions"]
+
+
+def test_a_chapter_that_fails_leaves_its_last_results(run_root, source):
+    finish_tissue()
+    stage = runs.begin(TISSUE, params(TISSUE, seed=5))
+    stage.path("images.csv").write_text("half")
+    assert "007" in (run_root / "r" / TISSUE / "images.csv").read_text()
+    runs.begin(FIRST, params(FIRST)).image("007")
+
+
+def test_half_done_work_is_found_again_unless_parameters_changed(run_root, source):
+    runs.begin(TISSUE, params(TISSUE)).path("a.txt").write_text("kept")
+    assert runs.begin(TISSUE, params(TISSUE)).path("a.txt").read_text() == "kept"
+    assert not runs.begin(TISSUE, params(TISSUE, seed=1)).path("a.txt").exists()
+
+
+def test_half_done_work_is_dropped_when_a_predecessor_changed(run_root, source):
+    finish_tissue()
+    runs.begin(FIRST, params(FIRST)).path("a.txt").write_text("x")
+    finish_tissue(seed=9)
+    assert not runs.begin(FIRST, params(FIRST)).path("a.txt").exists()
+
+
+def test_a_kill_between_the_moves_of_finish_is_mended(run_root, source):
+    finish_tissue()
+    os.replace(run_root / "r" / TISSUE, run_root / "r" / f".{TISSUE}.old")
+    runs.begin(TISSUE, params(TISSUE))
+    assert (run_root / "r" / TISSUE / "results.json").exists()
+
+
+def test_a_missing_predecessor_is_named_with_the_command(run_root, source):
+    with pytest.raises(FileNotFoundError) as error:
+        runs.begin(FIRST, params(FIRST))
+    assert "no finished chapter 00_tissue" in str(error.value)
+    assert "python -m helpers.execute --run r --only 00_tissue" in str(error.value)
+
+
+def test_a_missing_artefact_is_named_with_the_command(run_root, source):
+    finish_tissue()
+    with pytest.raises(FileNotFoundError, match=r"no 'x\.npz', which .* Run it first: .*00_tissue"):
+        runs.begin(FIRST, params(FIRST)).input(TISSUE, "x.npz")
+
+
+def test_parameters_must_come_from_the_chapter(run_root):
+    with pytest.raises(TypeError, match=r"config\.read"):
+        runs.begin(FIRST, params(TISSUE))
+
+
+def test_images_instances_and_records(run_root, source):
+    image = finish_tissue()
+    stage = runs.begin(FIRST, params(FIRST))
+    np.testing.assert_array_equal(stage.image("007"), image)
+    instances = stage.instances("007")
+    assert instances.dtype == np.int32 and instances.max() == 300
+    assert stage.instances("nothing") is None
+    table = stage.records()
+    assert table.loc["007", "label"] == "benign" and table["image_id"].tolist() == ["007"]
+    with pytest.raises(KeyError, match="no image 'nothing'"):
+        stage.image("nothing")
+    stage.finish({})
+    manifest = json.loads(stage.path("manifest.json").read_text())
+    assert set(manifest["inputs"]) == {
+        "00_tissue/images", "00_tissue/instances", "00_tissue/images.csv",
+    }  # fmt: skip
+
+
+def test_results_and_parameters_of_another_chapter(run_root, source):
+    finish_tissue(image_size=4)
+    stage = runs.begin(FIRST, params(FIRST))
+    assert stage.results(TISSUE) == {"n": 1, "classes": ["benign"]}
+    assert stage.parameters(TISSUE).image_size == 4
+
+
+def test_random_numbers_depend_on_seed_chapter_and_key(run_root, source):
+    finish_tissue()
+    draws = [
+        runs.begin(TISSUE, params(TISSUE)).rng("a", 1).random(),
+        runs.begin(TISSUE, params(TISSUE)).rng("a", 2).random(),
+        runs.begin(TISSUE, params(TISSUE, seed=1)).rng("a", 1).random(),
+        runs.begin(FIRST, params(FIRST)).rng("a", 1).random(),
+    ]
+    assert len(set(draws)) == 4
+    assert runs.begin(TISSUE, params(TISSUE)).rng("a", 1).random() == draws[0]
+    seeds = {runs.begin(TISSUE, params(TISSUE)).generator(k).initial_seed() for k in (0, 0, 1)}
+    assert len(seeds) == 2
+
+
+def test_the_same_work_gives_the_same_bytes(run_root, source):
+    finish_tissue()
+    first = (run_root / "r" / TISSUE / "results.json").read_bytes()
+    finish_tissue()
+    assert (run_root / "r" / TISSUE / "results.json").read_bytes() == first
+
+
+# --- what is out of date
+
+
+def test_closure_follows_imports_inside_functions(source):
+    assert set(runs.closure(FIRST)) == {"config", "runs", "stem", "leaf"}
+    assert set(runs.closure(TISSUE)) == {"config", "runs", "other"}
+
+
+def test_weights_are_those_that_the_code_names(source):
+    assert set(runs.weights(FIRST)) == {"tiny_net.safetensors"}
+    assert runs.weights(TISSUE) == {}
+
+
+def test_what_has_changed_is_found(run_root, source):
+    def state(chapter, **changes):
+        return runs.up_to_date("r", chapter, params(chapter, **changes))
+
+    assert state(TISSUE) == (False, "not run yet")
+    finish_tissue()
+    runs.begin(FIRST, params(FIRST)).input(TISSUE, "images.csv")
+    stage = runs.begin(FIRST, params(FIRST))
+    stage.records()
+    stage.finish({})
+    assert state(TISSUE)[0] and state(FIRST)[0]
+    assert state(TISSUE, seed=1) == (False, "seed changed")
+
+    (source / "helpers" / "leaf.py").write_text("FILE = 'tiny_net.safetensors'  # new\n")
+    assert state(TISSUE)[0]
+    assert state(FIRST) == (False, "helpers changed: leaf")
+    (source / "helpers" / "leaf.py").write_text("FILE = 'tiny_net.safetensors'\n")
+    assert state(FIRST)[0]
+
+    (source / "data" / "weights" / "tiny_net.safetensors").write_bytes(b"22")
+    assert state(FIRST) == (False, "weights changed: tiny_net.safetensors")
+    (source / "data" / "weights" / "tiny_net.safetensors").write_bytes(b"1")
+
+    finish_tissue()
+    assert state(FIRST)[0], "the same images again leave the next chapter as it is"
+    (run_root / "r" / TISSUE / "images.csv").write_text("image_id,label,split\n007,poor,train\n")
+    assert state(FIRST) == (False, "input changed: 00_tissue/images.csv")
+
+
+def test_a_change_in_the_data_folder_is_found(run_root, source, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    finish_tissue(data_root=str(data))
+    assert runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))[0]
+    (data / "new.png").write_bytes(b"x")
+    changed = runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))
+    assert changed == (False, "data folder changed")
+
+
+def test_every_chapter_says_what_it_needs():
+    order = list(config.CHAPTERS)
+    assert list(runs.NEEDS) == order
+    for chapter, needs in runs.NEEDS.items():
+        assert all(order.index(need) < order.index(chapter) for need in needs)
