@@ -10,11 +10,10 @@ Everything is deterministic in the arguments of :func:`render`; no global random
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 GRADES: dict[str, tuple[str, ...]] = {
@@ -27,7 +26,7 @@ SITES: tuple[str, ...] = ("A", "B")
 #: Optical density per unit of dye (rows: haematoxylin, eosin; columns: red, green, blue).
 STAIN_HE = np.array([[0.47, 0.84, 0.27], [0.07, 0.97, 0.23]])
 #: Optical density per unit of dye (rows: haematoxylin, DAB; columns: red, green, blue).
-STAIN_IHC = np.array([[0.74, 0.56, 0.37], [0.30, 0.55, 0.78]])
+STAIN_IHC = np.array([[0.75, 0.61, 0.26], [0.36, 0.53, 0.77]])
 
 _MARGIN = 14.0  # micrometres drawn beyond the field and cut off, so that nothing knows the border
 
@@ -49,7 +48,7 @@ class Phantom:
     grade, organ : str
         See :data:`GRADES`.
     patient : int
-        Fixes the stain matrix and the size and darkness of the nuclei, within a seed and a site.
+        Fixes the stain matrix (at each site) and the size and darkness of the nuclei.
     site : str
         "A" or "B": laboratory and scanner.
     index : int
@@ -88,6 +87,7 @@ class _Spec:
     pleomorphism: float  # relative spread of nuclear size
     chroma: float  # haematoxylin in the nuclei
     cytoplasm: tuple[float, float]  # haematoxylin and eosin in the cell body
+    fill: float = 0.62  # least share of the half-width that the epithelium takes up
     reach: float = 0.85  # share of the epithelium that nuclei occupy
     align: float = 0.8  # 0 = glands point anywhere, 1 = all along one direction
     drop: float = 0.0  # share of gland sites left empty
@@ -105,65 +105,222 @@ class _Spec:
     mucin: float = 0.3  # share of lumina with mucin
     retraction: float = 0.25  # white cleft between gland and stroma
     nucleoli: float = 0.2
-    extras: dict = field(default_factory=dict)
 
 
 _SPECS: dict[tuple[str, str], _Spec] = {
     ("colon", "benign"): _Spec(
-        radius=(33, 43), elongation=(1.0, 1.6), spacing=2.25, gap=(10, 18), harmonics=0.035,
-        warp=2.5, thickness=(23, 29), rows=(4.2, 7.5), row_jitter=1.0, nucleus=(7.0, 4.4), pitch=4.5,
-        pleomorphism=0.10, chroma=0.66, cytoplasm=(0.17, 0.24), align=0.95, goblet=0.92,
-        lymphocytes=0.85, fibroblasts=0.25, fibre=(0.20, 0.16), debris=0.0, mucin=0.9,
-        retraction=0.35, nucleoli=0.0,
+        radius=(33, 43),
+        elongation=(1.0, 1.6),
+        spacing=2.25,
+        gap=(10, 18),
+        harmonics=0.035,
+        warp=2.5,
+        thickness=(23, 29),
+        rows=(4.2, 7.5),
+        row_jitter=1.0,
+        nucleus=(7.0, 4.4),
+        pitch=4.5,
+        pleomorphism=0.10,
+        chroma=0.66,
+        cytoplasm=(0.17, 0.24),
+        align=0.95,
+        goblet=0.92,
+        fill=0.76,
+        lymphocytes=0.85,
+        fibroblasts=0.25,
+        fibre=(0.20, 0.16),
+        debris=0.0,
+        mucin=0.9,
+        retraction=0.35,
+        nucleoli=0.0,
     ),
     ("colon", "well"): _Spec(
-        radius=(34, 52), elongation=(1.15, 2.3), spacing=2.05, gap=(5, 10), harmonics=0.07,
-        warp=6, thickness=(23, 30), reach=0.62, rows=(5.0, 9.5, 13.5), row_jitter=2.2, nucleus=(10.5, 4.0),
-        pitch=4.9, pleomorphism=0.16, chroma=0.62, cytoplasm=(0.20, 0.34), align=0.7, goblet=0.12,
-        lymphocytes=0.55, fibroblasts=0.35, debris=0.25, mucin=0.4, retraction=0.3, nucleoli=0.1,
+        radius=(34, 52),
+        elongation=(1.15, 2.3),
+        spacing=2.05,
+        gap=(5, 10),
+        harmonics=0.07,
+        warp=6,
+        thickness=(23, 30),
+        reach=0.62,
+        rows=(5.0, 9.5, 13.5),
+        row_jitter=2.2,
+        nucleus=(10.5, 4.0),
+        pitch=4.9,
+        pleomorphism=0.16,
+        chroma=0.62,
+        cytoplasm=(0.20, 0.34),
+        align=0.7,
+        goblet=0.12,
+        lymphocytes=0.55,
+        fibroblasts=0.35,
+        debris=0.25,
+        mucin=0.4,
+        retraction=0.3,
+        nucleoli=0.1,
     ),
     ("colon", "moderate"): _Spec(
-        radius=(24, 56), elongation=(1.1, 2.4), spacing=2.2, gap=(8, 16), harmonics=0.13,
-        warp=11, thickness=(14, 19), rows=(5.0, 10.5), row_jitter=3.2, nucleus=(8.8, 5.6),
-        pitch=5.8, pleomorphism=0.22, chroma=0.58, cytoplasm=(0.20, 0.33), align=0.35, drop=0.05,
-        fuse=0.22, cribriform=0.45, solid=0.04, lymphocytes=0.35, fibroblasts=0.6,
-        fibre=(0.30, 0.22), debris=0.45, mucin=0.2, retraction=0.3, nucleoli=0.5,
+        radius=(24, 56),
+        elongation=(1.1, 2.4),
+        spacing=2.2,
+        gap=(8, 16),
+        harmonics=0.13,
+        warp=11,
+        thickness=(16, 22),
+        reach=0.68,
+        rows=(5.0, 10.0),
+        row_jitter=2.4,
+        nucleus=(9.4, 5.2),
+        pitch=5.6,
+        pleomorphism=0.22,
+        chroma=0.58,
+        cytoplasm=(0.20, 0.33),
+        align=0.35,
+        drop=0.05,
+        fuse=0.22,
+        cribriform=0.45,
+        solid=0.04,
+        lymphocytes=0.35,
+        fibroblasts=0.6,
+        fibre=(0.30, 0.22),
+        debris=0.45,
+        mucin=0.2,
+        retraction=0.3,
+        nucleoli=0.5,
     ),
     ("colon", "poor"): _Spec(
-        radius=(9, 28), elongation=(1.0, 3.2), spacing=2.15, gap=(3.5, 9), harmonics=0.16,
-        warp=10, thickness=(15, 20), rows=(5.0, 11.5, 18.0, 24.5), row_jitter=3.5,
-        nucleus=(8.6, 6.6), pitch=7.0, pleomorphism=0.30, chroma=0.56, cytoplasm=(0.20, 0.32),
-        align=0.5, drop=0.12, fuse=0.25, solid=0.82, lymphocytes=0.45, fibroblasts=0.75,
-        fibre=(0.30, 0.24), single_cells=0.35, debris=0.3, mucin=0.1, retraction=0.28,
+        radius=(11, 36),
+        elongation=(1.0, 3.2),
+        spacing=2.15,
+        gap=(4, 10),
+        harmonics=0.16,
+        warp=10,
+        thickness=(15, 20),
+        rows=(5.0, 11.5, 18.0, 24.5),
+        row_jitter=3.5,
+        nucleus=(8.6, 6.6),
+        pitch=7.0,
+        pleomorphism=0.30,
+        chroma=0.56,
+        cytoplasm=(0.20, 0.32),
+        align=0.5,
+        drop=0.12,
+        fuse=0.25,
+        solid=0.82,
+        lymphocytes=0.45,
+        fibroblasts=0.75,
+        fibre=(0.30, 0.24),
+        single_cells=0.35,
+        debris=0.3,
+        mucin=0.1,
+        retraction=0.2,
         nucleoli=0.8,
     ),
     ("prostate", "benign"): _Spec(
-        radius=(34, 66), elongation=(1.0, 1.7), spacing=2.25, gap=(14, 26), harmonics=0.10,
-        warp=8, thickness=(14, 18), rows=(8.5,), row_jitter=1.4, nucleus=(6.6, 5.4), pitch=5.8,
-        pleomorphism=0.10, chroma=0.60, cytoplasm=(0.10, 0.26), align=0.2, folds=0.55, basal=True,
-        lymphocytes=0.12, fibroblasts=0.6, fibre=(0.42, 0.20), debris=0.05, mucin=0.15,
-        retraction=0.15, nucleoli=0.0,
+        radius=(34, 66),
+        elongation=(1.0, 1.7),
+        spacing=2.25,
+        gap=(14, 26),
+        harmonics=0.10,
+        warp=8,
+        thickness=(14, 18),
+        rows=(8.5,),
+        row_jitter=1.4,
+        nucleus=(6.6, 5.4),
+        pitch=5.8,
+        pleomorphism=0.10,
+        chroma=0.60,
+        cytoplasm=(0.10, 0.26),
+        align=0.2,
+        folds=0.55,
+        basal=True,
+        lymphocytes=0.12,
+        fibroblasts=0.6,
+        fibre=(0.42, 0.20),
+        debris=0.05,
+        mucin=0.15,
+        retraction=0.15,
+        nucleoli=0.0,
     ),
     ("prostate", "gleason3"): _Spec(
-        radius=(15, 27), elongation=(1.0, 1.45), spacing=2.45, gap=(6, 14), harmonics=0.06,
-        warp=4, thickness=(11, 15), rows=(5.0,), row_jitter=1.2, nucleus=(6.8, 6.0), pitch=6.3,
-        pleomorphism=0.14, chroma=0.60, cytoplasm=(0.15, 0.28), align=0.2, drop=0.06, solid=0.03,
-        lymphocytes=0.12, fibroblasts=0.55, fibre=(0.40, 0.20), debris=0.02, mucin=0.3,
-        retraction=0.25, nucleoli=0.7,
+        radius=(15, 27),
+        elongation=(1.0, 1.45),
+        spacing=2.45,
+        gap=(6, 14),
+        harmonics=0.06,
+        warp=4,
+        thickness=(11, 15),
+        rows=(5.0,),
+        row_jitter=1.2,
+        nucleus=(6.8, 6.0),
+        pitch=6.3,
+        pleomorphism=0.14,
+        chroma=0.60,
+        cytoplasm=(0.15, 0.28),
+        align=0.2,
+        drop=0.06,
+        solid=0.03,
+        lymphocytes=0.12,
+        fibroblasts=0.55,
+        fibre=(0.40, 0.20),
+        debris=0.02,
+        mucin=0.3,
+        retraction=0.25,
+        nucleoli=0.7,
     ),
     ("prostate", "gleason4"): _Spec(
-        radius=(20, 58), elongation=(1.0, 1.6), spacing=1.95, gap=(4, 10), harmonics=0.12,
-        warp=9, thickness=(12, 16), rows=(5.0, 12.0), row_jitter=2.2, nucleus=(7.2, 6.4),
-        pitch=6.8, pleomorphism=0.18, chroma=0.60, cytoplasm=(0.17, 0.27), align=0.2, fuse=0.5,
-        cribriform=0.7, solid=0.1, lymphocytes=0.12, fibroblasts=0.55, fibre=(0.40, 0.20),
-        debris=0.05, mucin=0.2, retraction=0.35, nucleoli=0.8,
+        radius=(20, 58),
+        elongation=(1.0, 1.6),
+        spacing=1.95,
+        gap=(4, 10),
+        harmonics=0.12,
+        warp=9,
+        thickness=(12, 16),
+        rows=(5.0, 12.0),
+        row_jitter=2.2,
+        nucleus=(7.2, 6.4),
+        pitch=6.8,
+        pleomorphism=0.18,
+        chroma=0.60,
+        cytoplasm=(0.17, 0.27),
+        align=0.2,
+        fuse=0.5,
+        cribriform=0.7,
+        solid=0.1,
+        lymphocytes=0.12,
+        fibroblasts=0.55,
+        fibre=(0.40, 0.20),
+        debris=0.05,
+        mucin=0.2,
+        retraction=0.35,
+        nucleoli=0.8,
     ),
     ("prostate", "gleason5"): _Spec(
-        radius=(6, 26), elongation=(1.0, 3.6), spacing=2.0, gap=(3, 8), harmonics=0.16,
-        warp=9, thickness=(15, 20), rows=(4.5, 11.5, 18.5, 25.5), row_jitter=3.2,
-        nucleus=(7.8, 6.8), pitch=7.2, pleomorphism=0.28, chroma=0.60, cytoplasm=(0.17, 0.27),
-        align=0.6, drop=0.15, fuse=0.25, solid=0.97, lymphocytes=0.15, fibroblasts=0.6,
-        fibre=(0.40, 0.22), single_cells=0.9, debris=0.15, mucin=0.05, retraction=0.4,
+        radius=(6, 26),
+        elongation=(1.0, 3.6),
+        spacing=2.0,
+        gap=(3, 8),
+        harmonics=0.16,
+        warp=9,
+        thickness=(15, 20),
+        rows=(4.5, 11.5, 18.5, 25.5),
+        row_jitter=3.2,
+        nucleus=(7.8, 6.8),
+        pitch=7.2,
+        pleomorphism=0.28,
+        chroma=0.60,
+        cytoplasm=(0.17, 0.27),
+        align=0.6,
+        drop=0.15,
+        fuse=0.25,
+        solid=0.97,
+        lymphocytes=0.15,
+        fibroblasts=0.6,
+        fibre=(0.40, 0.22),
+        single_cells=0.9,
+        debris=0.15,
+        mucin=0.05,
+        retraction=0.2,
         nucleoli=0.85,
     ),
 }
@@ -291,7 +448,9 @@ def stain_matrix(*, seed=0, site="A", patient=0, stain="HE"):
         shift = [[0.07, -0.05, 0.04], [-0.03, -0.03, 0.12]]
         base = normalise_stains(np.clip(base + np.array(shift), 0.01, None))
         strength = np.array([0.86, 0.78])
-    base = normalise_stains(np.clip(base + rng.normal(0, 0.03, (2, 3)), 0.01, None))
+    base = normalise_stains(
+        np.clip(base + rng.normal(0, 0.03 if stain == "HE" else 0.012, (2, 3)), 0.01, None)
+    )
     if stain == "HE":
         strength = strength * [0.80, 0.82]
     strength = strength * np.exp(rng.normal(0, [0.13, 0.20]))
@@ -326,15 +485,23 @@ class _Canvas:
     def noise(self, rng, scale, *, shape=None):
         """Smooth Gaussian-like noise, unit variance, `scale` micrometres between knots."""
         h, w = self.extent
-        grid = rng.standard_normal((int(h / scale) + 4, int(w / scale) + 4)).astype(np.float32)
-        H, W = self.shape if shape is None else shape
+        grid = rng.standard_normal((int(h / scale) + 4, int(w / scale) + 4), dtype=np.float32)
+        full = self.shape if shape is None else shape
+        H, W = full
+        if shape is None and scale * self.k >= 8:  # smooth enough to be drawn at a quarter
+            H, W = -(-H // 4), -(-W // 4)
         # sample knots at absolute positions, so that the field does not depend on resolution
         sy, sx = h / scale / H, w / scale / W
         M = np.array([[sx, 0, 1 + 0.5 * sx - 0.5], [0, sy, 1 + 0.5 * sy - 0.5]], np.float32)
         out = cv2.warpAffine(
-            grid, M, (W, H), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            grid,
+            M,
+            (W, H),
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REFLECT,
         )
+        if (H, W) != full:
+            out = cv2.resize(out, full[::-1], interpolation=cv2.INTER_LINEAR)
         return out * np.float32(1.35)
 
     def at(self, image, points):
@@ -342,6 +509,10 @@ class _Canvas:
         j = np.clip((points[:, 0] * self.k).astype(int), 0, self.shape[1] - 1)
         i = np.clip((points[:, 1] * self.k).astype(int), 0, self.shape[0] - 1)
         return image[i, j]
+
+    def distance(self, mask):
+        """Distance of each pixel of `mask` to the nearest one outside it, micrometres."""
+        return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5) / np.float32(self.k)
 
     def blur(self, image, sigma):
         """Gaussian blur, sigma in micrometres."""
@@ -430,8 +601,11 @@ def _gland_fields(canvas, rng, spec):
         group[group == group[i]] = group[int(np.argmin(d))]
     reach = radius * np.sqrt(elongation) * 1.5 + 4
     near = (
-        (centres[:, 0] > -reach) & (centres[:, 0] < w + reach)
-        & (centres[:, 1] > -reach) & (centres[:, 1] < h + reach) & present
+        (centres[:, 0] > -reach)
+        & (centres[:, 0] < w + reach)
+        & (centres[:, 1] > -reach)
+        & (centres[:, 1] < h + reach)
+        & present
     )
     first = np.full(gx.shape, -1e3, np.float32)
     second = np.full(gx.shape, -1e3, np.float32)
@@ -445,11 +619,15 @@ def _gland_fields(canvas, rng, spec):
         r, theta = cv2.cartToPolar(u, v)
         outline = np.ones_like(r)
         for k in range(4):
-            outline += np.float32(amplitude[i, k]) * np.cos((k + 2) * theta + np.float32(phase[i, k]))
+            outline += np.float32(amplitude[i, k]) * np.cos(
+                (k + 2) * theta + np.float32(phase[i, k])
+            )
         level = radius[i] * np.maximum(outline, 0.3) - r
         same = owner == group[i] + 1
         better = level > first
-        second = np.where(better & ~same, first, np.where(~better & ~same, np.maximum(second, level), second))
+        second = np.where(
+            better & ~same, first, np.where(~better & ~same, np.maximum(second, level), second)
+        )
         first = np.where(better, level, first)
         owner = np.where(better, group[i] + 1, owner).astype(np.int32)
     signed = np.minimum(first, 0.5 * (first - second) - 0.5 * gap).astype(np.float32)
@@ -458,9 +636,15 @@ def _gland_fields(canvas, rng, spec):
         [[(gw - 1) / W, 0, 0.5 * (gw - 1) / W], [0, (gh - 1) / H, 0.5 * (gh - 1) / H]], np.float32
     )
     flags = cv2.WARP_INVERSE_MAP
-    level = cv2.warpAffine(signed, M, (W, H), flags=cv2.INTER_CUBIC | flags, borderMode=cv2.BORDER_REPLICATE)
+    level = cv2.warpAffine(
+        signed, M, (W, H), flags=cv2.INTER_CUBIC | flags, borderMode=cv2.BORDER_REPLICATE
+    )
     owner = cv2.warpAffine(
-        owner.astype(np.float32), M, (W, H), flags=cv2.INTER_NEAREST | flags, borderMode=cv2.BORDER_REPLICATE
+        owner.astype(np.float32),
+        M,
+        (W, H),
+        flags=cv2.INTER_NEAREST | flags,
+        borderMode=cv2.BORDER_REPLICATE,
     ).astype(np.int32)
     inside = level > 0
     labels = np.where(inside, owner, 0).astype(np.int32)
@@ -491,12 +675,13 @@ def _separate(labels, inside, canvas):
 
 
 def _lumina(canvas, rng, spec, glands, owner, depth, kinds):
-    """Lumen mask and local thickness of the epithelium."""
+    """Lumen mask: what lies deeper than the epithelium, and the holes of sieve-like glands."""
     draw = kinds["draw"][np.maximum(owner - 1, 0) % len(kinds["draw"])]
     thickness = spec.thickness[0] + draw[:, 0] * (spec.thickness[1] - spec.thickness[0])
     solid = draw[:, 1] < spec.solid
-    deepest = ndimage.maximum(depth, glands, np.arange(len(owner)))
-    thickness = np.minimum(thickness, (0.62 + 0.2 * draw[:, 3]) * deepest)
+    deepest = np.zeros(len(owner), np.float32)
+    np.maximum.at(deepest, glands.ravel(), depth.ravel())
+    thickness = np.minimum(thickness, (spec.fill + 0.18 * draw[:, 3]) * deepest)
     cribriform = (draw[:, 2] < spec.cribriform) & ~solid
     thickness = np.where(solid, 1e4, thickness).astype(np.float32)
     local = thickness[glands]
@@ -516,7 +701,7 @@ def _lumina(canvas, rng, spec, glands, owner, depth, kinds):
         _fill(holes, shape, canvas.k, 1)
         lumen |= (holes > 0) & mask
     lumen = cv2.morphologyEx(lumen.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0
-    return lumen, thickness
+    return lumen
 
 
 # --------------------------------------------------------------------------------------------
@@ -536,9 +721,7 @@ def _blobs(rng, centres, lengths, widths, angles, *, wobble=0.05, pear=0.0):
     u = 0.5 * np.asarray(lengths)[:, None] * r * np.cos(_THETA)
     v = 0.5 * np.asarray(widths)[:, None] * r * np.sin(_THETA) * (1 + pear * np.cos(_THETA))
     c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    return np.stack(
-        [centres[:, :1] + u * c - v * s, centres[:, 1:] + u * s + v * c], axis=-1
-    )
+    return np.stack([centres[:, :1] + u * c - v * s, centres[:, 1:] + u * s + v * c], axis=-1)
 
 
 def _fill(image, polygons, k, values):
@@ -585,7 +768,7 @@ def _cells(rng, points, angles, length, width, spread, chroma, *, kind, wobble=0
     }
 
 
-def _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, size):
+def _epithelium(canvas, rng, spec, glands, depth, to_lumen, size):
     """Nuclei of the glands: rows along the basement membrane, oriented towards the lumen."""
     toward = canvas.blur(np.minimum(depth, 60) - np.minimum(to_lumen, 60), 2.5)
     gx = cv2.Sobel(toward, cv2.CV_32F, 1, 0, ksize=3)
@@ -600,8 +783,17 @@ def _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, si
         angle = np.arctan2(canvas.at(gy, points), canvas.at(gx, points))
         angle = angle + (np.pi / 2 if tangential else 0) + rng.normal(0, tilt, len(points))
         parts.append(
-            _cells(rng, points, angle, length * scale, width * scale * squash, spread, spec.chroma,
-                   kind=0, wobble=0.04 + 0.25 * spec.pleomorphism**1.5)
+            _cells(
+                rng,
+                points,
+                angle,
+                length * scale,
+                width * scale * squash,
+                spread,
+                spec.chroma,
+                kind=0,
+                wobble=0.04 + 0.25 * spec.pleomorphism**1.5,
+            )
         )
 
     if spec.basal:
@@ -621,7 +813,7 @@ def _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, si
     if spec.cribriform or spec.solid > 0.3:
         points = _scatter(rng, canvas.extent, spec.pitch * 1.12)
         add(points[canvas.at(deep.astype(np.uint8), points) > 0], tilt=0.7)
-    return _concat(parts) if parts else None
+    return parts
 
 
 def _stroma_cells(canvas, rng, spec, clear, flow, inflammation, size):
@@ -636,23 +828,55 @@ def _stroma_cells(canvas, rng, spec, clear, flow, inflammation, size):
     points = _scatter(rng, canvas.extent, 6.6)
     chance = spec.lymphocytes * canvas.at(inflammation, points)
     keep = (rng.uniform(size=len(points)) < chance) & (canvas.at(clear, points) > 2.6)
-    parts.append(_cells(rng, points[keep], rng.uniform(0, 3.14, keep.sum()), 5.2, 4.5, 0.14, 0.75,
-                        kind=1, wobble=0.03))
+    parts.append(
+        _cells(
+            rng,
+            points[keep],
+            rng.uniform(0, 3.14, keep.sum()),
+            5.2,
+            4.5,
+            0.14,
+            0.75,
+            kind=1,
+            wobble=0.03,
+        )
+    )
     points = _scatter(rng, canvas.extent, 10.5)
     keep = (rng.uniform(size=len(points)) < spec.fibroblasts) & (canvas.at(clear, points) > 1.6)
     p = points[keep]
-    parts.append(_cells(rng, p, along(p) + rng.normal(0, 0.12, len(p)), 9.5, 2.5, 0.25, 0.55,
-                        kind=2, wobble=0.10))
+    parts.append(
+        _cells(
+            rng,
+            p,
+            along(p) + rng.normal(0, 0.12, len(p)),
+            9.5,
+            2.5,
+            0.25,
+            0.55,
+            kind=2,
+            wobble=0.10,
+        )
+    )
     if spec.single_cells:
         points = _scatter(rng, canvas.extent, 9.5)
         patch = canvas.at(canvas.noise(rng, 30.0), points)
         chance = spec.single_cells * _smoothstep(patch, -0.6, 1.0)
         keep = (rng.uniform(size=len(points)) < chance) & (canvas.at(clear, points) > 4.5)
         p = points[keep]
-        parts.append(_cells(rng, p, along(p) + rng.normal(0, 0.5, len(p)), spec.nucleus[0] * size,
-                            spec.nucleus[1] * size, spec.pleomorphism, spec.chroma, kind=3,
-                            wobble=0.08))
-    return _concat(parts)
+        parts.append(
+            _cells(
+                rng,
+                p,
+                along(p) + rng.normal(0, 0.5, len(p)),
+                spec.nucleus[0] * size,
+                spec.nucleus[1] * size,
+                spec.pleomorphism,
+                spec.chroma,
+                kind=3,
+                wobble=0.08,
+            )
+        )
+    return parts
 
 
 # --------------------------------------------------------------------------------------------
@@ -672,14 +896,14 @@ def _fibres(canvas, rng, outside, direction):
     flow = across + 9.0 * (1 - pull)
     along = along + 6 * canvas.noise(rng, 40.0)
     wavy = flow + 0.8 * canvas.noise(rng, 7.0)
-    size = 512
+    bound = float(np.hypot(*canvas.extent)) + 80.0  # nothing lies further out than this
     texture = np.zeros(canvas.shape, np.float32)
     for pitch, length, gain in ((0.8, 7.0, 0.55), (1.7, 14.0, 0.75), (4.5, 34.0, 0.6)):
-        grid = rng.standard_normal((size, 96)).astype(np.float32)
-        texture += gain * cv2.remap(
-            grid, along / length % 94, wavy / pitch % (size - 2), cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_WRAP,
-        )
+        knots = (int(2 * bound / pitch) + 2, int(2 * bound / length) + 2)
+        grid = rng.standard_normal(knots, dtype=np.float32)
+        u = (along + np.float32(bound)) * np.float32(1 / length)
+        v = (wavy + np.float32(bound)) * np.float32(1 / pitch)
+        texture += np.float32(gain) * cv2.remap(grid, u, v, cv2.INTER_LINEAR)
     return flow.astype(np.float32), texture
 
 
@@ -687,84 +911,86 @@ def _densities(canvas, rng, spec, size, darkness, ihc):
     """Draw one field: dye densities and ground truth at working resolution."""
     labels, inside, kinds = _gland_fields(canvas, rng, spec)
     glands, owner = _separate(labels, inside, canvas)
-    mask = (glands > 0).astype(np.uint8)
-    depth = cv2.distanceTransform(mask, cv2.DIST_L2, 5) / np.float32(canvas.k)
-    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5) / np.float32(canvas.k)
-    smooth = canvas.blur(depth, 1.5)
-    lumen, thickness = _lumina(canvas, rng, spec, glands, owner, smooth, kinds)
-    to_lumen = cv2.distanceTransform(1 - lumen.astype(np.uint8), cv2.DIST_L2, 5) / np.float32(canvas.k)
-    tissue = (mask > 0) & ~lumen
+    mask = glands > 0
+    depth, outside = canvas.distance(mask), canvas.distance(~mask)
+    lumen = _lumina(canvas, rng, spec, glands, owner, canvas.blur(depth, 1.5), kinds)
+    to_lumen = np.minimum(canvas.distance(~lumen), 1e3)
+    tissue = mask & ~lumen
 
     flow, fibre = _fibres(canvas, rng, outside, kinds["direction"] + rng.normal(0, 0.3))
-    fine = canvas.noise(rng, 0.9)
-    grain = canvas.noise(rng, 2.2)
-    cloud = canvas.noise(rng, 24.0)
+    texture = _Texture(*(canvas.noise(rng, scale) for scale in (0.9, 2.2, 24.0)))
     inflammation = _smoothstep(canvas.noise(rng, 32.0) + 0.4 * canvas.noise(rng, 9.0), -0.9, 1.2)
+    haem, eosin, cleft = _stroma(canvas, rng, spec, outside, fibre, inflammation, texture)
+    haem, eosin, blocked = _vessels(canvas, rng, outside, haem, eosin, texture.fine)
 
-    # stroma
+    cytoplasm = _cytoplasm(spec, depth, to_lumen, texture)
+    haem, eosin = (
+        np.where(tissue, own, rest) for own, rest in zip(cytoplasm, (haem, eosin), strict=True)
+    )
+    eosin = eosin + 0.14 * np.exp(-(outside**2) / 1.1) * (outside > 0) * (1 - cleft)
+    *content, debris = _lumen_content(canvas, rng, spec, glands, lumen)
+    haem, eosin = (
+        np.where(lumen, own, rest) for own, rest in zip(content, (haem, eosin), strict=True)
+    )
+    vacuole = np.zeros(canvas.shape, np.float32)
+    if spec.goblet:
+        haem, eosin, vacuole = _goblets(canvas, rng, spec, glands, depth, to_lumen, haem, eosin)
+
+    clear = np.where(mask, 0, outside) * (1 - blocked) - cleft * 1.5
+    cells = _concat(
+        _epithelium(canvas, rng, spec, glands, depth, to_lumen, size)
+        + _stroma_cells(canvas, rng, spec, clear, flow, inflammation, size)
+    )
+    keep = _thin(cells["points"], cells["length"], cells["angles"], cells["width"])
+    cells = {key: value[keep] for key, value in cells.items()}
+    haem, eosin, nuclei, borders = _paint_nuclei(
+        canvas, rng, spec, cells, haem, eosin, tissue, texture, darkness, vacuole
+    )
+    haem, eosin = _paint_debris(canvas, rng, debris, haem, eosin)
+    if ihc:
+        haem, eosin = _immunostain(
+            canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, texture, vacuole
+        )
+    return haem, eosin, glands, lumen, nuclei
+
+
+@dataclass(frozen=True)
+class _Texture:
+    """Noise that many structures share, from under a micrometre to the width of a gland."""
+
+    fine: np.ndarray
+    grain: np.ndarray
+    cloud: np.ndarray
+
+
+def _stroma(canvas, rng, spec, outside, fibre, inflammation, texture):
+    """Fibres, loose patches, gaps between fibres, and clefts around glands where tissue shrank."""
     level, contrast = spec.fibre
     patch = canvas.noise(rng, 12.0)
-    fibre = fibre + 0.25 * fine
-    eosin = level * (1 + 0.25 * cloud + 0.15 * patch) + contrast * 0.42 * fibre
-    loose = _smoothstep(0.7 * cloud + 0.5 * patch, 0.2, 1.6)
+    fibre = fibre + 0.25 * texture.fine
+    eosin = level * (1 + 0.25 * texture.cloud + 0.15 * patch) + contrast * 0.42 * fibre
+    loose = _smoothstep(0.7 * texture.cloud + 0.5 * patch, 0.2, 1.6)
     open_space = _smoothstep(0.8 * fibre - 0.9 * loose + 0.2 * patch, -0.5, -1.5)
     eosin = np.maximum(eosin, 0.04) * (1 - 0.8 * open_space) * (1 - 0.35 * loose)
     haem = 0.06 + 0.05 * inflammation * spec.lymphocytes + 0.012 * fibre
     haem = haem * (1 - 0.6 * open_space)
 
-    # retraction clefts
-    cleft_width = spec.retraction * 6.5 * np.maximum(canvas.noise(rng, 26.0), 0)
-    cleft_width = cleft_width * (1 + 0.4 * canvas.noise(rng, 5.0))
-    cleft = (1 - _smoothstep(outside, cleft_width - 1.2, cleft_width + 1.2)) * (outside > 0)
-    cleft *= cleft_width > 0.6
-    eosin *= 1 - 0.93 * cleft
-    haem *= 1 - 0.9 * cleft
+    width = spec.retraction * 6.5 * np.maximum(canvas.noise(rng, 26.0), 0)
+    width = width * (1 + 0.4 * canvas.noise(rng, 5.0))
+    cleft = (1 - _smoothstep(outside, width - 1.2, width + 1.2)) * (outside > 0)
+    cleft *= width > 0.6
+    return haem * (1 - 0.9 * cleft), eosin * (1 - 0.93 * cleft), cleft
 
-    # vessels and erythrocytes
-    haem, eosin, blocked = _vessels(canvas, rng, outside, haem, eosin, fine)
 
-    # epithelium
-    h_cyt, e_cyt = spec.cytoplasm
-    cyt_h = h_cyt * (1 + 0.18 * grain + 0.12 * fine + 0.15 * cloud)
-    cyt_e = e_cyt * (1 + 0.14 * grain + 0.10 * fine - 0.10 * cloud)
-    to_lumen = np.minimum(to_lumen, 1e3)
+def _cytoplasm(spec, depth, to_lumen, texture):
+    """Bodies of the epithelial cells, with a denser edge at the lumen."""
+    fine, grain, cloud = texture.fine, texture.grain, texture.cloud
+    haem = spec.cytoplasm[0] * (1 + 0.18 * grain + 0.12 * fine + 0.15 * cloud)
+    eosin = spec.cytoplasm[1] * (1 + 0.14 * grain + 0.10 * fine - 0.10 * cloud)
     brush = np.exp(-((to_lumen - 1.0) ** 2) / 1.4)
-    cyt_e = cyt_e * (1 + 0.5 * brush)
-    if spec.goblet:  # the pale upper part of the cells
-        pale = 1 - 0.45 * spec.goblet * _smoothstep(depth, 7.0, 14.0)
-        cyt_h, cyt_e = cyt_h * pale, cyt_e * pale
-    haem = np.where(tissue, cyt_h, haem)
-    eosin = np.where(tissue, cyt_e, eosin)
-    membrane = np.exp(-(outside**2) / 1.1) * (outside > 0)
-    eosin = eosin + 0.14 * membrane * (1 - cleft)
-
-    # lumen content
-    haem_l, eosin_l, debris = _lumen_content(canvas, rng, spec, glands, lumen, to_lumen, kinds, owner)
-    haem = np.where(lumen, haem_l, haem)
-    eosin = np.where(lumen, eosin_l, eosin)
-
-    if spec.goblet:
-        haem, eosin, vacuole = _goblets(canvas, rng, spec, glands, depth, lumen, to_lumen, haem, eosin)
-    else:
-        vacuole = np.zeros(canvas.shape, np.float32)
-
-    # nuclei
-    parts = []
-    epithelial = _epithelium(canvas, rng, spec, glands, lumen, depth, to_lumen, thickness, size)
-    if epithelial is not None:
-        parts.append(epithelial)
-    clear = np.where(lumen | (mask > 0), 0, outside) * (1 - blocked) - cleft * 1.5
-    parts.append(_stroma_cells(canvas, rng, spec, clear, flow, inflammation, size))
-    cells = _concat(parts)
-    keep = _thin(cells["points"], cells["length"], cells["angles"], cells["width"])
-    cells = {key: value[keep] for key, value in cells.items()}
-    haem, eosin, nuclei, borders = _paint_nuclei(
-        canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, darkness, vacuole, ihc
-    )
-    haem, eosin = _paint_debris(canvas, rng, debris, haem, eosin)
-    if ihc:
-        haem, eosin = _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, grain, fine, cloud, vacuole)
-    return haem, eosin, glands, lumen, nuclei
+    eosin = eosin * (1 + (0.2 if spec.goblet > 0.5 else 0.4) * brush)
+    pale = 1 - 0.2 * spec.goblet * _smoothstep(depth, 7.0, 14.0)
+    return haem * pale, eosin * pale
 
 
 def _vessels(canvas, rng, outside, haem, eosin, fine):
@@ -787,20 +1013,30 @@ def _vessels(canvas, rng, outside, haem, eosin, fine):
         cells = cells[canvas.at(soft, cells) > 0.6]
         red = np.zeros(canvas.shape, np.uint8)
         if len(cells):
-            _fill(red, _blobs(rng, cells, np.full(len(cells), 5.2), np.full(len(cells), 4.6),
-                              rng.uniform(0, 3, len(cells)), wobble=0.06), canvas.k, 1)
+            _fill(
+                red,
+                _blobs(
+                    rng,
+                    cells,
+                    np.full(len(cells), 5.2),
+                    np.full(len(cells), 4.6),
+                    rng.uniform(0, 3, len(cells)),
+                    wobble=0.06,
+                ),
+                canvas.k,
+                1,
+            )
             redness = canvas.blur(red.astype(np.float32), 0.4)
             eosin = eosin * (1 - redness) + redness * (0.75 + 0.08 * fine)
     return haem, eosin, blocked
 
 
-def _lumen_content(canvas, rng, spec, glands, lumen, to_lumen, kinds, owner):
+def _lumen_content(canvas, rng, spec, glands, lumen):
     """Mucin strands and debris in lumina; returns densities and where debris lies."""
     draw = rng.uniform(size=(int(glands.max()) + 1, 2))
     has_mucin = (draw[:, 0] < spec.mucin)[glands] & lumen
     has_debris = (draw[:, 1] < spec.debris)[glands] & lumen
-    strands = canvas.noise(rng, 7.0)
-    strands = _smoothstep(-np.abs(strands), -0.5, -0.02)
+    strands = _smoothstep(canvas.noise(rng, 5.0) + 0.8 * canvas.noise(rng, 2.0), 0.1, 1.8)
     body = _smoothstep(canvas.noise(rng, 18.0), -0.8, 0.9)
     haem = np.full(canvas.shape, 0.008, np.float32)
     eosin = np.full(canvas.shape, 0.012, np.float32)
@@ -821,69 +1057,100 @@ def _paint_debris(canvas, rng, debris, haem, eosin):
     if len(points):
         dust = np.zeros(canvas.shape, np.uint8)
         d = rng.uniform(1.2, 4.2, len(points))
-        _fill(dust, _blobs(rng, points, d, d * 0.8, rng.uniform(0, 3, len(d)), wobble=0.12), canvas.k, 255)
+        _fill(
+            dust,
+            _blobs(rng, points, d, d * 0.8, rng.uniform(0, 3, len(d)), wobble=0.12),
+            canvas.k,
+            255,
+        )
         soft = canvas.blur(dust.astype(np.float32) / 255, 0.4)
         haem = haem + 0.55 * soft
         eosin = eosin + 0.10 * soft
     return haem, eosin
 
 
-def _goblets(canvas, rng, spec, glands, depth, lumen, to_lumen, haem, eosin):
+def _goblets(canvas, rng, spec, glands, depth, to_lumen, haem, eosin):
     """Pale mucin vacuoles of goblet cells between the basal nuclei and the lumen."""
-    toward = canvas.blur(np.minimum(depth, 60) - np.minimum(to_lumen, 60), 2.5)
-    gx = cv2.Sobel(toward, cv2.CV_32F, 1, 0, ksize=3)
-    gy = cv2.Sobel(toward, cv2.CV_32F, 0, 1, ksize=3)
     vac = np.zeros(canvas.shape, np.uint8)
     parts = []
-    for d, size in ((14.5, 10.5), (24.0, 9.0), (32.0, 8.0)):
-        points = _row_points(canvas, rng, depth, d, size * 1.02)
-        if not len(points):
-            continue
-        keep = (rng.uniform(size=len(points)) < spec.goblet) & (canvas.at(to_lumen, points) > 1.5)
-        points = points[keep]
-        angle = np.arctan2(canvas.at(gy, points), canvas.at(gx, points))
-        w = size * np.exp(rng.normal(0, 0.17, len(points)))
-        parts.append((points, w * rng.uniform(1.05, 1.4, len(points)), w, angle))
+    for d, size in ((14.0, 9.5), (23.0, 8.0), (31.0, 7.0)):
+        points = _row_points(canvas, rng, depth, d, size)
+        if len(points):
+            points = points + rng.normal(0, 0.9, points.shape)
+            parts.append((points, np.full(len(points), size)))
     if parts:
-        points, length, width, angle = (np.concatenate(p) for p in zip(*parts, strict=True))
-        keep = _thin(points, length, angle, width, overlap=0.80)
-        polygons = _blobs(rng, points[keep], length[keep], width[keep], angle[keep], wobble=0.05, pear=0.18)
-        _fill(vac, polygons, canvas.k, 1)
+        points, sizes = (np.concatenate(p) for p in zip(*parts, strict=True))
+        keep = _thin(points, sizes, np.zeros(len(points)), sizes, overlap=0.72)
+        points, sizes = points[keep], sizes[keep]
+        seeds = np.full(canvas.shape, 1, np.uint8)
+        j = np.clip((points[:, 0] * canvas.k).astype(int), 0, canvas.shape[1] - 1)
+        i = np.clip((points[:, 1] * canvas.k).astype(int), 0, canvas.shape[0] - 1)
+        seeds[i, j] = 0
+        reach, zone = cv2.distanceTransformWithLabels(
+            seeds, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+        )
+        take = np.zeros(int(zone.max()) + 1, np.float32)
+        limit = 0.58 * sizes * np.exp(rng.normal(0, 0.12, len(points)))
+        take[zone[i, j]] = np.where(rng.uniform(size=len(points)) < spec.goblet, limit, 0)
+        wall = np.zeros(canvas.shape, np.uint8)
+        wall[:, 1:] |= zone[:, 1:] != zone[:, :-1]
+        wall[1:, :] |= zone[1:, :] != zone[:-1, :]
+        vac = (reach / np.float32(canvas.k) < take[zone]) & (wall == 0) & (depth > 8.2)
+        vac = (vac & (to_lumen > 1.2)).astype(np.uint8)
     vac &= (glands > 0).astype(np.uint8)
     edge = cv2.distanceTransform(vac, cv2.DIST_L2, 3) / np.float32(canvas.k)
-    soft = _smoothstep(edge, 0.0, 1.3)
+    soft = canvas.blur(_smoothstep(edge, 0.1, 1.3), 0.35)
     mucin = 0.05 + 0.03 * canvas.noise(rng, 3.0)
     haem = haem * (1 - soft) + soft * np.maximum(mucin + 0.02, 0.01)
     eosin = eosin * (1 - soft) + soft * np.maximum(mucin, 0.01)
     return haem, eosin, soft
 
 
-def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, darkness, vacuole, ihc):
+def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, texture, darkness, vacuole):
     """Nuclei with chromatin, membrane and nucleoli; returns densities, labels, cell borders."""
     n = len(cells["points"])
     nuclei = np.zeros(canvas.shape, np.int32)
     borders = np.zeros(canvas.shape, np.float32)
     if n == 0:
         return haem, eosin, nuclei, borders
-    polygons = _blobs(rng, cells["points"], cells["length"], cells["width"], cells["angles"],
-                      wobble=cells["wobble"][:, None])
+    polygons = _blobs(
+        rng,
+        cells["points"],
+        cells["length"],
+        cells["width"],
+        cells["angles"],
+        wobble=cells["wobble"][:, None],
+    )
     # tumour cells in the stroma bring a little cytoplasm of their own
     lone = cells["kind"] == 3
     if lone.any():
         body = np.zeros(canvas.shape, np.uint8)
-        _fill(body, _blobs(rng, cells["points"][lone], cells["length"][lone] * 1.7,
-                           cells["width"][lone] * 1.7, cells["angles"][lone], wobble=0.10), canvas.k, 255)
+        _fill(
+            body,
+            _blobs(
+                rng,
+                cells["points"][lone],
+                cells["length"][lone] * 1.7,
+                cells["width"][lone] * 1.7,
+                cells["angles"][lone],
+                wobble=0.10,
+            ),
+            canvas.k,
+            255,
+        )
         soft = canvas.blur(body.astype(np.float32) / 255, 0.6)
         haem = haem * (1 - soft) + soft * spec.cytoplasm[0]
         eosin = eosin * (1 - soft) + soft * spec.cytoplasm[1]
     _fill(nuclei, polygons, canvas.k, np.arange(1, n + 1))
     inside = (nuclei > 0).astype(np.uint8)
     chroma = np.concatenate([[0], cells["chroma"] * darkness]).astype(np.float32)
-    vesicular = np.concatenate([[0], (rng.uniform(size=n) < spec.nucleoli) & (cells["kind"] != 1) & (cells["kind"] != 2)])
+    vesicular = np.concatenate(
+        [[0], (rng.uniform(size=n) < spec.nucleoli) & (cells["kind"] != 1) & (cells["kind"] != 2)]
+    )
     vesicular = vesicular.astype(np.float32)[nuclei]
     edge = cv2.distanceTransform(inside, cv2.DIST_L2, 5) / np.float32(canvas.k)
     rim = np.exp(-((edge - 0.7) ** 2) / 0.5)
-    chromatin = 0.86 + 0.24 * fine + 0.14 * grain + 0.12 * rim
+    chromatin = 0.86 + 0.24 * texture.fine + 0.14 * texture.grain + 0.12 * rim
     chromatin = chromatin * (1 - vesicular * 0.42 * _smoothstep(edge, 0.5, 1.6))
     soft = canvas.blur(inside.astype(np.float32), 0.5)
     body = chroma[nuclei] * np.clip(chromatin, 0.25, 1.5)
@@ -900,7 +1167,12 @@ def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, da
         haem = haem + 0.40 * dot
         eosin = eosin + 0.12 * dot
     # territories of the cells: the border of the zones nearest to each nucleus
-    _, zone = cv2.distanceTransformWithLabels(1 - inside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP)
+    _, pixel = cv2.distanceTransformWithLabels(
+        1 - inside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    ids = np.zeros(int(pixel.max()) + 1, np.int32)
+    ids[pixel[inside > 0]] = nuclei[inside > 0]
+    zone = ids[pixel]
     diff = np.zeros(canvas.shape, np.float32)
     diff[:, 1:] += zone[:, 1:] != zone[:, :-1]
     diff[1:, :] += zone[1:, :] != zone[:-1, :]
@@ -909,15 +1181,21 @@ def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, fine, grain, da
     return haem, eosin, nuclei, borders
 
 
-def _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, grain, fine, cloud, vacuole):
+def _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, texture, vacuole):
     """Haematoxylin counterstain and membranous DAB in the epithelium."""
-    soft = canvas.blur((nuclei > 0).astype(np.float32), 0.4)
-    counter = 0.42 * np.maximum(haem - 0.15, 0) + 0.05 * eosin
-    apical = np.exp(-to_lumen / 1.6)
-    brown = 0.42 * (1 + 0.25 * cloud + 0.14 * grain + 0.10 * fine) + 1.3 * borders + 0.5 * apical
-    brown = brown * tissue * (1 - 0.62 * soft) * (1 - 0.8 * vacuole)
-    dab = canvas.blur(brown.astype(np.float32), 0.35) + 0.02 * eosin
-    return counter, np.maximum(dab, 0)
+    soft = canvas.blur((nuclei > 0).astype(np.float32), 0.35)
+    counter = 0.46 * canvas.blur(np.maximum(haem - 0.12, 0), 0.35) + 0.20 * eosin * ~tissue + 0.03
+    counter = counter * (1 - 0.30 * tissue)
+    apical = np.exp(-to_lumen / 1.4)
+    streaks = canvas.noise(rng, 1.3)
+    brown = (
+        0.50 * (1 + 0.22 * texture.cloud + 0.12 * texture.grain + 0.10 * streaks)
+        + 0.70 * borders
+        + 0.35 * apical
+    )
+    brown = brown * tissue * (1 - 0.45 * soft + 0.2 * borders) * (1 - 0.8 * vacuole)
+    dab = canvas.blur(brown.astype(np.float32), 0.35) + 0.10 * eosin * ~tissue + 0.01
+    return counter.astype(np.float32), np.maximum(dab, 0)
 
 
 # --------------------------------------------------------------------------------------------
@@ -936,7 +1214,9 @@ def _scan(rgb, rng, shape, site, ss):
     x = (np.arange(W, dtype=np.float32)[None] + 0.5) / W - np.float32(cx)
     fall = 1 - np.float32(0.035 if site == "A" else 0.08) * (x * x + y * y) * 2
     noise = rng.standard_normal((H, W, 3), dtype=np.float32)
-    noise = noise * (1.6 + 0.8 * np.sqrt(np.clip(rgb, 0, 255) / 255)) * (1.0 if site == "A" else 1.4)
+    noise = (
+        noise * (1.6 + 0.8 * np.sqrt(np.clip(rgb, 0, 255) / 255)) * (1.0 if site == "A" else 1.4)
+    )
     white = np.array([0.985, 0.975, 0.98] if site == "A" else [0.955, 0.95, 0.925], np.float32)
     out = rgb * fall[..., None] * white + noise
     return np.clip(np.round(out), 0, 255).astype(np.uint8)
@@ -960,7 +1240,9 @@ def _check(index, seed, grade, organ, size, site, patient, stain, microns_per_pi
     if organ not in GRADES:
         raise ValueError(f"organ {organ!r} is unknown; choose one of {sorted(GRADES)}.")
     if grade not in GRADES[organ]:
-        raise ValueError(f"grade {grade!r} is unknown for {organ}; choose one of {list(GRADES[organ])}.")
+        raise ValueError(
+            f"grade {grade!r} is unknown for {organ}; choose one of {list(GRADES[organ])}."
+        )
     if site not in SITES:
         raise ValueError(f"site {site!r} is unknown; choose one of {list(SITES)}.")
     for name, value in (("index", index), ("seed", seed), ("patient", patient)):
@@ -968,9 +1250,15 @@ def _check(index, seed, grade, organ, size, site, patient, stain, microns_per_pi
             raise ValueError(f"{name} is {value!r}, but a whole number >= 0 is needed.")
     size = tuple(size) if np.iterable(size) else (size, size)
     if len(size) != 2 or not all(isinstance(v, (int, np.integer)) and v >= 16 for v in size):
-        raise ValueError(f"size is {size!r}, but (height, width) of at least 16 pixels each is needed.")
+        raise ValueError(
+            f"size is {size!r}, but (height, width) of at least 16 pixels each is needed."
+        )
     if isinstance(stain, str) and stain not in ("HE", "IHC"):
         raise ValueError(f"stain {stain!r} is unknown; choose 'HE', 'IHC' or a (2, 3) matrix.")
+    if not isinstance(stain, str):
+        rows = len(normalise_stains(stain))
+        if rows != 2:
+            raise ValueError(f"stain has {rows} rows, but haematoxylin and eosin are 2.")
     if microns_per_pixel is not None and not 0.1 <= microns_per_pixel <= 4:
         raise ValueError(f"microns_per_pixel is {microns_per_pixel!r}, but 0.1 to 4 is supported.")
     return int(size[0]), int(size[1])
@@ -990,8 +1278,8 @@ def render(
 ):
     """Render one field of tissue.
 
-    The layout depends on (seed, index, grade, organ, site, patient) and on the extent of the
-    field, not on the number of pixels: the same field at another size is the same tissue.
+    The tissue depends on (seed, index, grade, organ, patient) and on the extent of the field, not
+    on the number of pixels: the same field at another size, or at another site, is the same tissue.
 
     Parameters
     ----------
@@ -1011,7 +1299,7 @@ def render(
         Haematoxylin and eosin; haematoxylin and DAB; or stain vectors to use for H&E as they are.
     microns_per_pixel : float, optional
         Edge of a pixel, 0.1 to 4. By default the short side of the field spans 256 micrometres
-        (1 micrometre a pixel at 256 pixels), or 150 micrometres for IHC.
+        (1 micrometre a pixel at 256 pixels), or 120 micrometres for IHC.
 
     Returns
     -------
@@ -1024,15 +1312,15 @@ def render(
     """
     H, W = _check(index, seed, grade, organ, size, site, patient, stain, microns_per_pixel)
     ihc = isinstance(stain, str) and stain == "IHC"
-    mpp = microns_per_pixel or (150.0 if ihc else 256.0) / min(H, W)
+    mpp = microns_per_pixel or (120.0 if ihc else 256.0) / min(H, W)
     ss = 2.0 if mpp >= 0.75 else max(1.0, 1.5 * mpp / 0.75)
-    rng = _rng(seed, "field", index, organ, grade, site, patient)
-    person = _rng(seed, "patient", site, patient)
+    rng = _rng(seed, "field", index, organ, grade)
+    person = _rng(seed, "patient", patient)
     size_factor = float(np.exp(person.normal(0, 0.06)))
     darkness = float(np.exp(person.normal(0, 0.08)))
     spec = _SPECS[organ, grade]
     if ihc:
-        spec = replace(spec, retraction=0.1)
+        spec = replace(spec, retraction=0.05, lymphocytes=0.3 * spec.lymphocytes)
     margin = int(np.ceil(_MARGIN / mpp))
     k = ss / mpp
     canvas = _Canvas((H + 2 * margin) * mpp, (W + 2 * margin) * mpp, k)
@@ -1043,8 +1331,7 @@ def render(
     if isinstance(stain, str):
         stains = stain_matrix(seed=seed, site=site, patient=patient, stain=stain)
     else:
-        stains = np.asarray(stain, float)
-        normalise_stains(stains)
+        stains = np.asarray(stain, dtype=np.float64)
     densities = np.stack([np.maximum(haem[crop], 0.0), np.maximum(eosin[crop], 0.0)], -1)
     rgb = densities_to_rgb(densities, stains)
     noise_rng = _rng(seed, "sensor", index, organ, grade, site, patient, H, W)

@@ -1,0 +1,535 @@
+"""Data sets: records, pixels, splits without leaks, and errors that name what is wrong."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from helpers import datasets, phantom
+
+GLAS = Path(__file__).resolve().parents[2] / "shared" / "data" / "glas"
+needs_glas = pytest.mark.skipif(
+    not GLAS.is_dir(), reason=f"the GlaS data are not there ({GLAS}); research use only, by hand"
+)
+
+
+def save(path, *, size=(48, 40), mode="RGB", seed=0):
+    """Write a noisy image of a colour that depends on the seed; size is (width, height)."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, ten images each, PNG and JPEG."""
+    for i in range(10):
+        save(tmp_path / "benign" / f"a {i}.png", seed=i)
+        save(tmp_path / "tumour" / f"b{i}.jpg", seed=10 + i)
+    return tmp_path
+
+
+def write_csv(root, rows, columns):
+    pd.DataFrame(rows, columns=columns).to_csv(root / "images.csv", index=False)
+
+
+# --- every data set ------------------------------------------------------------------------------
+
+
+def check(data, size):
+    assert list(data.records.columns) == list(datasets.COLUMNS)
+    assert data.records.index.equals(pd.RangeIndex(len(data)))
+    assert data.records["image_id"].is_unique
+    assert set(data.records["split"]) <= set(datasets.SPLITS)
+    assert set(data.records["label"]) == set(data.classes)
+    assert (data.records.groupby("patient")["split"].nunique() == 1).all()
+    for image_id in data.records["image_id"][:3]:
+        image = data.image(image_id)
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8
+        instances = data.instances(image_id)
+        assert instances is None or (
+            instances.shape == (size, size) and instances.dtype == np.int32
+        )
+
+
+def test_phantom():
+    data = datasets.load("phantom", image_size=32, per_class={"train": 4, "val": 2})
+    check(data, 32)
+    assert data.classes == phantom.GRADES["colon"]
+    assert data.counts().loc["poor"].tolist() == [4, 2, 10, 10]
+    sites = data.records.groupby("split")["site"].unique().map(list).to_dict()
+    assert sites == {"train": ["A"], "val": ["A"], "test": ["A"], "test2": ["B"]}
+    assert data.instances(data.records["image_id"][0]).max() > 0
+
+
+def test_phantom_of_the_prostate():
+    data = datasets.load(
+        "phantom-prostate", image_size=32, per_class=dict.fromkeys(datasets.SPLITS, 1)
+    )
+    check(data, 32)
+    assert data.classes == phantom.GRADES["prostate"]
+
+
+def test_a_larger_phantom_set_holds_the_smaller_one():
+    small = datasets.load("phantom", image_size=32, per_class={"train": 2, "val": 0, "test": 1})
+    large = datasets.load("phantom", image_size=32, per_class={"train": 5, "val": 2, "test": 3})
+    for image_id in small.records["image_id"][:4]:
+        assert np.array_equal(small.image(image_id), large.image(image_id))
+
+
+def test_phantom_depends_on_the_seed_only():
+    a, b, c = (datasets.load("phantom", image_size=32, seed=s) for s in (0, 0, 1))
+    assert np.array_equal(a.image("test_well_003"), b.image("test_well_003"))
+    assert not np.array_equal(a.image("test_well_003"), c.image("test_well_003"))
+
+
+def test_the_arrays_handed_out_can_be_changed_without_harm():
+    data = datasets.load("phantom", image_size=32)
+    first = data.image("train_well_000")
+    keep = first.copy()
+    first[:] = 0
+    assert np.array_equal(data.image("train_well_000"), keep)
+
+
+def test_ihc_is_the_image_of_scikit_image_in_four_tiles():
+    from skimage import data as skimage_data
+
+    data = datasets.load("ihc")
+    check(data, 256)
+    whole = skimage_data.immunohistochemistry()
+    rows = [np.hstack([data.image(f"ihc_{i}{j}") for j in (0, 1)]) for i in (0, 1)]
+    assert np.array_equal(np.vstack(rows), whole)
+    assert data.instances("ihc_00") is None
+    check(datasets.load("ihc", image_size=100), 100)
+
+
+def test_a_companion_adds_records_but_no_classes():
+    data = datasets.load("phantom", image_size=32).with_companion(
+        datasets.load("ihc", image_size=32)
+    )
+    assert data.classes == phantom.GRADES["colon"]
+    assert (data.records["dataset"] == "ihc").sum() == 4
+    assert "ihc" not in data.counts().index
+    assert data.image("ihc_10").shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="both sets have images named"):
+        data.with_companion(datasets.load("ihc", image_size=32))
+
+
+def test_unknown_names_are_answered_with_the_list():
+    with pytest.raises(ValueError, match="'gals' is unknown; choose one of phantom"):
+        datasets.load("gals")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 8}, "image_size is 8"),
+        ({"image_size": 64.0}, "image_size is 64.0"),
+        ({"per_class": {"dev": 3}}, "names the split 'dev'"),
+        ({"per_class": {"train": -1}}, r"per_class\['train'\] is -1"),
+        ({"per_class": {"train": 1.5}}, r"per_class\['train'\] is 1.5"),
+        ({"n_classes": 2}, "is for 'glas' only"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.load("phantom", **arguments)
+
+
+@pytest.mark.parametrize("name", ["folder", "glas", "kbsmc-colon", "usz-prostate"])
+def test_a_missing_root_says_what_to_download(name, tmp_path):
+    with pytest.raises(ValueError, match="needs a data root"):
+        datasets.load(name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        datasets.load(name, root=tmp_path / "nowhere")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"Download|Make a folder"):
+        datasets.load(name, root=tmp_path)
+
+
+def test_an_unknown_image_is_a_key_error():
+    data = datasets.load("ihc")
+    with pytest.raises(KeyError, match="has no image 'ihc_99'"):
+        data.image("ihc_99")
+    with pytest.raises(KeyError, match="has no image"):
+        data.instances("ihc_99")
+
+
+# --- folder --------------------------------------------------------------------------------------
+
+
+def test_folder_of_classes(folder):
+    data = datasets.load("folder", root=folder, image_size=32)
+    check(data, 32)
+    assert data.classes == ("benign", "tumour")
+    assert "benign__a_0" in set(data.records["image_id"])
+    assert data.counts()["train"].tolist() == [6, 6]
+    again = datasets.load("folder", root=folder, image_size=32)
+    pd.testing.assert_frame_equal(data.records, again.records)
+    other = datasets.load("folder", root=folder, image_size=32, seed=1)
+    assert not data.records["split"].equals(other.records["split"])
+
+
+def test_folder_of_splits(tmp_path):
+    for split in ("train", "test"):
+        for label in ("x", "y"):
+            save(tmp_path / split / label / "1.tif", seed=len(split + label))
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert data.counts().loc["x", ["train", "test"]].tolist() == [1, 1]
+
+
+def test_the_order_of_classes_is_natural_or_given(tmp_path):
+    for label in ("grade 2", "grade 10", "grade 1"):
+        save(tmp_path / label / "1.png")
+    rows = [(f"{label}/1.png", label, "train") for label in ("grade 2", "grade 10", "grade 1")]
+    write_csv(tmp_path, rows, ["path", "label", "split"])
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert data.classes == ("grade 1", "grade 2", "grade 10")
+    (tmp_path / "classes.txt").write_text("grade 10\ngrade 1\ngrade 2\n")
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert data.classes == ("grade 10", "grade 1", "grade 2")
+    (tmp_path / "classes.txt").write_text("grade 10\n")
+    with pytest.raises(ValueError, match="make them agree"):
+        datasets.load("folder", root=tmp_path)
+
+
+def test_csv_with_patients_splits_and_masks(tmp_path):
+    rows = []
+    for i in range(12):
+        save(tmp_path / "pictures" / f"{i}.png", seed=i)
+        rows.append((f"pictures/{i}.png", "ab"[i % 2], f"p{i // 3}"))
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10:30, 20:40] = 7
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    table = pd.DataFrame(rows, columns=["path", " label", "patient"])
+    table["mask"] = ["m.png"] + [None] * 11
+    table.to_csv(tmp_path / "images.csv", index=False)
+    data = datasets.load("folder", root=tmp_path / "images.csv", image_size=40)
+    check(data, 40)
+    assert data.records["patient"].nunique() == 4
+    # 48 x 40 is cut to the central 40 x 40: columns 4 to 44
+    instances = data.instances(data.records["image_id"][0])
+    assert set(np.unique(instances)) == {0, 7}
+    assert np.array_equal(instances == 7, mask[:, 4:44] == 7)
+    assert data.instances(data.records["image_id"][1]) is None
+
+
+def test_images_are_scaled_to_the_short_side_and_cut_at_the_centre(tmp_path):
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, 40:80] = 200
+    (tmp_path / "x").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "x" / "1.png")
+    data = datasets.load("folder", root=tmp_path, image_size=40)
+    assert (data.image(data.records["image_id"][0]) == 200).all()
+
+
+def test_a_subset_takes_many_patients_and_says_when_it_falls_short(tmp_path):
+    rows = []
+    for i in range(12):
+        save(tmp_path / f"{i}.png", seed=i)
+        rows.append((f"{i}.png", "a", f"p{i // 4}", "train"))
+    write_csv(tmp_path, rows, ["path", "label", "patient", "split"])
+    data = datasets.load("folder", root=tmp_path, image_size=32, per_class={"train": 3})
+    assert len(data) == 3 and data.records["patient"].nunique() == 3
+    with pytest.warns(UserWarning, match="a/train: 12 of 20"):
+        datasets.load("folder", root=tmp_path, image_size=32, per_class={"train": 20})
+
+
+def test_small_images_are_enlarged_with_a_warning(folder):
+    with pytest.warns(UserWarning, match="20 of 20 images have a short side below image_size=64"):
+        check(datasets.load("folder", root=folder, image_size=64), 64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "message"),
+    [
+        ("L", "png", "mode L, which is greyscale"),
+        ("RGBA", "png", "mode RGBA, which is RGB with transparency; flatten"),
+        ("P", "png", "palette"),
+        ("1", "png", "black and white"),
+        ("CMYK", "jpg", "mode CMYK"),
+        ("F", "tif", "floating point"),
+    ],
+)
+def test_other_modes_than_rgb(folder, mode, suffix, message):
+    path = save(folder / "tumour" / f"odd.{suffix}", mode=mode)
+    with pytest.raises(ValueError, match=message) as error:
+        datasets.load("folder", root=folder, image_size=32)
+    assert str(path) in str(error.value)
+
+
+def test_16_bit_grey(folder):
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(folder / "tumour" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has mode I;16, which is 16 bits a channel"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_a_file_that_is_no_image(folder):
+    (folder / "benign" / "note.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"note\.png cannot be read as an image"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg"])
+def test_a_truncated_image_is_named_when_it_is_read(folder, name):
+    path = save(folder / "benign" / name, size=(64, 64))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data = datasets.load("folder", root=folder, image_size=32)
+    with pytest.raises(ValueError, match=rf"{name} is truncated or damaged"):
+        data.image("benign__cut")
+
+
+def test_a_tiny_image(folder):
+    save(folder / "benign" / "dot.png", size=(20, 200))
+    with pytest.raises(ValueError, match=r"dot\.png is 20 x 200 pixels, but at least 32"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_a_class_without_images(folder):
+    (folder / "stroma").mkdir()
+    with pytest.raises(ValueError, match="stroma has no images"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_bad_tables(tmp_path):
+    save(tmp_path / "1.png")
+    write_csv(tmp_path, [("1.png", "a")], ["file", "label"])
+    with pytest.raises(ValueError, match="path is missing"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("1.png", None)], ["path", "label"])
+    with pytest.raises(ValueError, match="line 2: label is empty"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("2.png", "a")], ["path", "label"])
+    with pytest.raises(FileNotFoundError, match=r"line 2: image file .*2\.png does not exist"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("1.png", "a"), ("1.png", "a")], ["path", "label"])
+    with pytest.raises(ValueError, match=r"names 1\.png twice"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("1.png", "a", "dev")], ["path", "label", "split"])
+    with pytest.raises(ValueError, match="split 'dev' is unknown"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [], ["path", "label"])
+    with pytest.raises(ValueError, match="has no rows"):
+        datasets.load("folder", root=tmp_path)
+    (tmp_path / "images.csv").write_text("")
+    with pytest.raises(ValueError, match="cannot be read as a CSV"):
+        datasets.load("folder", root=tmp_path)
+    (tmp_path / "second.csv").write_text("")
+    with pytest.raises(ValueError, match="holds 2 CSV files"):
+        datasets.load("folder", root=tmp_path)
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}.png")
+    rows = [("0.png", "a", "p", "train"), ("1.png", "a", "p", "test")]
+    write_csv(tmp_path, rows, ["path", "label", "patient", "split"])
+    with pytest.raises(ValueError, match="'p' in test and train"):
+        datasets.load("folder", root=tmp_path, image_size=32)
+
+
+def test_a_class_missing_from_a_split(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", seed=i)
+    rows = [("0.png", "a", "train"), ("1.png", "b", "train"), ("2.png", "a", "test")]
+    write_csv(tmp_path, rows, ["path", "label", "split"])
+    with pytest.warns(UserWarning, match=r"split 'test' has no images of b \(a 1, b 0\)"):
+        datasets.load("folder", root=tmp_path, image_size=32)
+    rows[1] = ("1.png", "b", "test")
+    write_csv(tmp_path, rows, ["path", "label", "split"])
+    with pytest.raises(ValueError, match="class 'b' has no training images"):
+        datasets.load("folder", root=tmp_path, image_size=32)
+
+
+def test_names_that_collide_are_kept_apart(tmp_path):
+    for name in ("a b.png", "a_b.png", "a b.jpg"):
+        save(tmp_path / "x" / name)
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert len({i.lower() for i in data.records["image_id"]}) == 3
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+def test_splits_are_near_their_shares_and_keep_patients_whole():
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(60), 5).astype(str)
+    labels = np.repeat(np.tile(["a", "b", "c"], 20), 5)
+    splits = datasets.split_by_patient(labels, patients, rng=rng)
+    table = pd.DataFrame({"label": labels, "patient": patients, "split": splits})
+    assert (table.groupby("patient")["split"].nunique() == 1).all()
+    share = pd.crosstab(table["label"], table["split"], normalize="index")
+    for split, wanted in datasets.FRACTIONS.items():
+        assert (share[split] - wanted).abs().max() <= 0.05
+
+
+def test_a_rare_class_goes_to_train_first():
+    labels = ["a"] * 30 + ["b"]
+    patients = [str(i) for i in range(31)]
+    splits = datasets.split_by_patient(labels, patients, rng=np.random.default_rng(0))
+    assert splits[-1] == "train"
+    splits = datasets.split_by_patient(
+        [*labels, "b"], [*patients, "31"], rng=np.random.default_rng(0)
+    )
+    assert set(splits[-2:]) == {"train", "test"}
+
+
+def test_splitting_is_deterministic_and_names_do_not_matter():
+    labels = list("aabbccaabb")
+    patients = list("0011223344")
+    a = datasets.split_by_patient(labels, patients, rng=np.random.default_rng(3))
+    renamed = [f"patient {p}" for p in patients]
+    b = datasets.split_by_patient(labels, renamed, rng=np.random.default_rng(3))
+    assert np.array_equal(a, b)
+
+
+# --- public sets, as tiny folders in their layout ------------------------------------------------
+
+
+def test_kbsmc_colon(tmp_path):
+    for k, name in enumerate(("tma_01", "tma_02", "tma_03", "tma_05", "wsi_01")):
+        save(tmp_path / "set1" / name / f"c{k}_10_{k % 4}.jpg")
+    for name in ("tma_06", "wsi_03", "tma_04", "wsi_02"):
+        for k in range(4):
+            save(tmp_path / "set1" / name / f"d{k}_7_{k}.jpg")
+    for k in (1, 2, 3, 4):
+        save(tmp_path / "set2" / "wsi_001" / "patches" / f"x_{k}.png")
+    data = datasets.load("kbsmc-colon", root=tmp_path, image_size=32)
+    check(data, 32)
+    assert data.classes == ("BN", "WD", "MD", "PD")
+    counts = data.counts()
+    assert counts["train"].tolist() == [2, 1, 1, 1]
+    assert counts["val"].tolist() == [2, 2, 2, 2] == counts["test"].tolist()
+    assert counts["test2"].tolist() == [1, 1, 1, 1]
+    assert set(data.records[data.records["split"] == "test2"]["site"]) == {"B"}
+    save(tmp_path / "set1" / "tma_01" / "broken_9.jpg")
+    with pytest.raises(ValueError, match=r"broken_9\.jpg: the file name must end with a label"):
+        datasets.load("kbsmc-colon", root=tmp_path, image_size=32)
+
+
+def test_usz_prostate(tmp_path):
+    for array in ("ZT111", "ZT199", "ZT204", "ZT76", "ZT80"):
+        for k in range(4):
+            name = f"{array}_4_A_1_{k}"
+            save(tmp_path / array / name / f"{name}_patch_0_class_{k}.jpg")
+    data = datasets.load("usz-prostate", root=tmp_path, image_size=32)
+    check(data, 32)
+    assert data.classes == ("BN", "G3", "G4", "G5")
+    assert data.counts().loc["G5"].tolist() == [3, 1, 1, 0]
+    assert "ZT76_4_A_1_2" in set(data.records["patient"])
+    save(tmp_path / "other" / "x_class_1.jpg")
+    with pytest.raises(ValueError, match="no tissue array in the path"):
+        datasets.load("usz-prostate", root=tmp_path, image_size=32)
+
+
+def fake_pathmnist(path, n=27, side=28):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(n) % 9).astype(np.uint8)[:, None]
+    np.savez_compressed(path, **arrays)
+    return arrays
+
+
+def test_pathmnist(tmp_path):
+    arrays = fake_pathmnist(tmp_path / "pathmnist.npz")
+    data = datasets.load("pathmnist", root=tmp_path, image_size=28)
+    check(data, 28)
+    assert len(data.classes) == 9 and data.counts().to_numpy().sum() == 81
+    assert np.array_equal(data.image("val_000013"), arrays["val_images"][13])
+    assert data.records.set_index("image_id").loc["val_000013", "label"] == data.classes[13 % 9]
+    few = datasets.load("pathmnist", root=tmp_path, image_size=32, per_class={"train": 1})
+    assert few.counts()["train"].tolist() == [1] * 9
+    check(few, 32)
+
+
+def test_pathmnist_takes_the_size_that_fits(tmp_path):
+    fake_pathmnist(tmp_path / "pathmnist.npz")
+    fake_pathmnist(tmp_path / "pathmnist_64.npz", side=64)
+    assert datasets._pathmnist_file(tmp_path, 32).name == "pathmnist_64.npz"
+    assert datasets._pathmnist_file(tmp_path, 28).name == "pathmnist.npz"
+    assert datasets._pathmnist_file(tmp_path, 512).name == "pathmnist_64.npz"
+
+
+def test_pathmnist_without_file_and_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "medmnist", None)
+    with pytest.raises(ImportError, match="medmnist package is not installed"):
+        datasets.load("pathmnist", root=tmp_path)
+
+
+def test_a_wrong_npz_is_named(tmp_path):
+    np.savez(tmp_path / "pathmnist.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="has no array 'train_labels'"):
+        datasets.load("pathmnist", root=tmp_path)
+
+
+# --- GlaS ----------------------------------------------------------------------------------------
+
+
+def fake_glas(root, *, header=None):
+    """15 patients with 2 fields each, in a table with the real one's spaces and misspelling."""
+    grades = (
+        ("benign", "healthy"),
+        ("benign", "adenomatous"),
+        ("malignant", "moderately differentiated"),
+        ("malignant", "moderately-to-poorly differentated"),
+        ("malignant", "poorly differentiated"),
+    )
+    lines = [header or "name,patient ID, grade (GlaS), grade (Sirinukunwattana et al. 2015)"]
+    (root / "masks").mkdir(parents=True)
+    for i in range(30):
+        two, five = grades[i // 2 % 5]
+        lines.append(f"train_{i},{i // 2}, {two}, {five}")
+        save(root / "images" / f"train_{i}.bmp", size=(60, 40), seed=i)
+        mask = np.zeros((40, 60), np.uint8)
+        mask[5:20, 20:40] = i + 1
+        Image.fromarray(mask).save(root / "masks" / f"train_{i}.png")
+    (root / "Grade.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_glas_layout(tmp_path):
+    fake_glas(tmp_path)
+    data = datasets.load("glas", root=tmp_path, image_size=40)
+    check(data, 40)
+    assert data.classes == datasets.GLAS_CLASSES
+    assert (data.counts()[["train", "val", "test"]] == 2).all().all()
+    assert data.instances("train_6").max() == 7
+    assert datasets.load("glas", root=tmp_path, image_size=40, n_classes=2).classes == (
+        "benign", "malignant",
+    )  # fmt: skip
+    (tmp_path / "images" / "train_3.bmp").unlink()
+    with pytest.warns(UserWarning, match="1 of 30 images"):
+        assert len(datasets.load("glas", root=tmp_path, image_size=40)) == 29
+
+
+def test_glas_with_another_table(tmp_path):
+    fake_glas(tmp_path, header="name,patient,a,b")
+    with pytest.raises(ValueError, match="'patient ID'"):
+        datasets.load("glas", root=tmp_path)
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    fake_glas(tmp_path)
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "masks" / "train_0.png")
+    data = datasets.load("glas", root=tmp_path, image_size=40)
+    with pytest.raises(ValueError, match=r"train_0\.png has shape \(10, 10\)"):
+        data.instances("train_0")
+
+
+@needs_glas
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_glas(n_classes):
+    for seed in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = datasets.load("glas", root=GLAS, n_classes=n_classes, seed=seed, image_size=64)
+        check(data, 64)
+        counts = data.counts()
+        assert len(data) == 85 and (counts[["train", "test"]] > 0).all().all()
+        assert data.instances(data.records["image_id"][0]).max() >= 1
