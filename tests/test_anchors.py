@@ -1,0 +1,270 @@
+"""Identity vectors, clusters, anchors, segments, and the comparison with annotation."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import AgglomerativeClustering
+
+from helpers import phantom
+from helpers.anchors import (
+    anchor_index,
+    best_iou,
+    choose_anchors,
+    cluster,
+    deduplicate,
+    felzenszwalb_baseline,
+    identity_vectors,
+    iou_matrix,
+    match_glands,
+    segment,
+    segmentation_map,
+    slic_baseline,
+    touches_border,
+)
+from helpers.sam import SMALL_WEIGHTS, build_small_sam, embed, load_sam, propose
+from helpers.superpixels import draw_points, superpixels
+from tests.literal_phase1 import literal_anchors, literal_identity
+
+
+@pytest.fixture(scope="module")
+def small():
+    if not SMALL_WEIGHTS.exists():
+        pytest.skip("data/weights/sam_small.safetensors is not there")
+    return load_sam("small")
+
+
+@pytest.fixture(scope="module")
+def random_sam():
+    torch.manual_seed(0)
+    return build_small_sam(64, dim=32).requires_grad_(False)
+
+
+def _disc(shape, centre, radius):
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    return (x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2
+
+
+# ---------------------------------------------------------------- identity vectors
+
+
+def test_identity_vector_by_hand():
+    mask = np.zeros((1, 6, 8), bool)
+    mask[0, 1:3, 4:8] = True
+    np.testing.assert_allclose(identity_vectors(mask, (6, 8)), [[5.5, 1.5, np.sqrt(8)]])
+
+
+@pytest.mark.parametrize("size", [(120, 180), (64, 64), (200, 90)])
+def test_low_resolution_vectors_are_those_of_the_image(size):
+    full = np.stack([_disc(size, (40, 30), 20), _disc(size, (60, 50), 11)])
+    low = full[:, ::2, ::2] & full[:, 1::2, ::2] & full[:, ::2, 1::2]
+    exact = np.array([literal_identity(mask) for mask in full])
+    np.testing.assert_allclose(identity_vectors(full, size), exact)
+    np.testing.assert_allclose(identity_vectors(low, size), exact, atol=1.5)
+
+
+def test_identity_vectors_move_and_grow_with_the_mask():
+    a, b = identity_vectors(
+        np.stack([_disc((90, 90), (30, 30), 10), _disc((90, 90), (50, 35), 20)]), (90, 90)
+    )
+    np.testing.assert_allclose(b[:2] - a[:2], [20, 5], atol=1e-9)
+    assert b[2] / a[2] == pytest.approx(2, rel=0.03)
+
+
+def test_empty_masks_have_no_identity():
+    assert np.isnan(identity_vectors(np.zeros((2, 5, 5), bool), (10, 10))).all()
+    assert identity_vectors(np.zeros((0, 5, 5), bool), (10, 10)).shape == (0, 3)
+
+
+# ---------------------------------------------------------------- clusters
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_clusters_are_those_of_scikit_learn(linkage):
+    vectors = np.random.default_rng(0).uniform(0, 100, (40, 3))
+    ours = cluster(vectors, distance_threshold=25.0, linkage=linkage)
+    theirs = AgglomerativeClustering(
+        n_clusters=None, distance_threshold=25.0, linkage=linkage
+    ).fit_predict(vectors)
+    same = (ours[:, None] == ours) == (theirs[:, None] == theirs)
+    assert same.all() and ours[0] == 0
+
+
+def test_clusters_at_the_extremes():
+    vectors = np.random.default_rng(1).normal(size=(7, 3))
+    assert set(cluster(vectors, distance_threshold=1e-9)) == set(range(7))
+    assert not cluster(vectors, distance_threshold=1e9).any()
+    assert cluster(vectors[:1], distance_threshold=1.0).tolist() == [0]
+
+
+def test_clusters_do_not_depend_on_the_order():
+    rng = np.random.default_rng(2)
+    vectors, order = rng.uniform(0, 50, (20, 3)), rng.permutation(20)
+    a = cluster(vectors, distance_threshold=15.0)[order]
+    b = cluster(vectors[order], distance_threshold=15.0)
+    assert ((a[:, None] == a) == (b[:, None] == b)).all()
+
+
+def test_bad_clusters():
+    with pytest.raises(ValueError, match="linkage"):
+        cluster(np.zeros((2, 3)), distance_threshold=1, linkage="ward")
+    with pytest.raises(ValueError, match="positive"):
+        cluster(np.zeros((2, 3)), distance_threshold=0)
+    with pytest.raises(ValueError, match="finite"):
+        cluster(np.full((2, 3), np.nan), distance_threshold=1)
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def test_anchor_is_the_most_frequent_mask_of_the_largest_cluster():
+    shape = (60, 60)
+    wrong = [_disc(shape, (45, 45), 8)] * 2
+    right = [_disc(shape, (20, 20), r) for r in (7, 12, 12, 12, 9)]
+    masks = np.stack(wrong + right)
+    labels = np.array([0, 0, 1, 1, 1, 1, 1])
+    assert anchor_index(masks, np.ones(7), labels) == 3
+
+
+def test_ties_between_clusters_go_to_the_predicted_iou():
+    masks = np.stack([_disc((40, 40), (10, 10), 5)] * 2 + [_disc((40, 40), (30, 30), 5)] * 2)
+    labels = np.array([0, 0, 1, 1])
+    assert anchor_index(masks, np.array([0.5, 0.5, 0.9, 0.9]), labels) == 2
+    assert anchor_index(masks, np.array([0.9, 0.9, 0.5, 0.5]), labels) == 0
+
+
+def test_ties_within_a_cluster_go_to_the_medoid():
+    masks = np.stack([_disc((40, 40), (20, 20), r) for r in (4, 8, 12)])
+    assert anchor_index(masks, np.ones(3), np.zeros(3, int)) == 1
+
+
+def test_bad_anchor():
+    with pytest.raises(ValueError, match="no proposals"):
+        anchor_index(np.zeros((0, 4, 4), bool), np.zeros(0), np.zeros(0, int))
+    with pytest.raises(ValueError, match="iou_duplicate"):
+        anchor_index(np.ones((1, 4, 4), bool), np.ones(1), np.zeros(1, int), iou_duplicate=0)
+
+
+def _same_anchors(sam, image, n_segments, n_points, seed):
+    labels = superpixels(image, n_segments)
+    points = draw_points(labels, n_points, rng=np.random.default_rng(seed))
+    literal, _ = literal_anchors(sam, image, points, distance_threshold=0.1)
+    fast, _ = choose_anchors(
+        propose(sam, embed(sam, image), points.reshape(-1, 2)), len(points), distance_threshold=0.1
+    )
+    return literal, fast
+
+
+@pytest.mark.parametrize(("seed", "size"), [(1, (192, 192)), (2, (150, 210)), (3, (256, 180))])
+def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
+    image = phantom.render(seed, seed=8, size=size).image
+    literal, fast = _same_anchors(small, image, 6, 6, seed)
+    assert len(literal) == len(fast) >= 4
+    np.testing.assert_array_equal(fast, literal)
+
+
+# ---------------------------------------------------------------- segments
+
+
+def test_duplicates_keep_the_best_score():
+    a, b = _disc((50, 50), (20, 20), 10), _disc((50, 50), (21, 20), 10)
+    masks = np.stack([a, b, _disc((50, 50), (40, 40), 5)])
+    assert deduplicate(masks, np.array([0.5, 0.9, 0.1]), 0.7).tolist() == [1, 2]
+    assert deduplicate(masks, np.array([0.5, 0.9, 0.1]), 0.99).tolist() == [0, 1, 2]
+    assert deduplicate(masks[:0], np.zeros(0), 0.7).tolist() == []
+
+
+def test_iou_matrix_by_hand():
+    masks = np.zeros((3, 2, 4), bool)
+    masks[0, 0], masks[1, 0, :2] = True, True
+    np.testing.assert_allclose(iou_matrix(masks), [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 0]])
+
+
+def test_small_segments_stay_visible_in_the_map():
+    masks = np.stack([_disc((40, 40), (20, 20), 4), _disc((40, 40), (20, 20), 15)])
+    painted = segmentation_map(masks)
+    assert painted.dtype == np.int32 and painted[20, 20] == 1 and painted[20, 30] == 2
+    assert painted[0, 0] == 0
+
+
+def test_border():
+    masks = np.zeros((5, 6, 7), bool)
+    masks[0, 0, 3] = masks[1, 5, 3] = masks[2, 3, 0] = masks[3, 3, 6] = masks[4, 3, 3] = True
+    assert touches_border(masks).tolist() == [True, True, True, True, False]
+
+
+def test_segment_is_complete_and_repeatable(random_sam):
+    image = phantom.render(0, seed=3, size=(96, 130)).image
+    one, two = (
+        segment(random_sam, image, rng=np.random.default_rng(5), n_segments=6, n_points=4)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(one.masks, two.masks)
+    assert one.masks.shape[1:] == (96, 130) and one.masks.dtype == bool
+    assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
+    assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one)
+    np.testing.assert_array_equal(one.border, touches_border(one.masks))
+
+
+def test_segment_counts_what_it_drops(random_sam):
+    image = phantom.render(0, seed=3, size=(96, 96)).image
+    found = segment(
+        random_sam, image, rng=np.random.default_rng(5), n_segments=6, n_points=3,
+        min_area=0.98, max_area=0.99,
+    )
+    assert len(found) + sum(found.n_dropped.values()) == found.n_superpixels
+    assert found.n_dropped["small"] + found.n_dropped["large"] > 0
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_constant_image(random_sam, level):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = segment(
+            random_sam, np.full((64, 64, 3), level, np.uint8), rng=np.random.default_rng(0),
+            n_segments=4, n_points=3,
+        )
+    assert found.masks.shape[1:] == (64, 64)
+
+
+def test_bad_areas(random_sam):
+    with pytest.raises(ValueError, match="min_area"):
+        segment(random_sam, np.zeros((64, 64, 3), np.uint8), rng=np.random.default_rng(0),
+                min_area=0.5, max_area=0.4)
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def test_perfect_segments_match_perfectly():
+    glands = phantom.render(1, seed=2, size=(128, 128)).glands
+    masks = np.stack([glands == i for i in np.unique(glands[glands > 0])])
+    score = match_glands(masks, glands)
+    assert score["mean_best_iou"] == 1 and score["recall_50"] == 1
+    assert score["n"] == len(masks) and score["coverage"] == pytest.approx((glands > 0).mean())
+
+
+def test_match_by_hand():
+    glands = np.zeros((4, 8), int)
+    glands[:, :4], glands[:, 6:] = 3, 7
+    mask = np.zeros((1, 4, 8), bool)
+    mask[0, :, :2] = True
+    assert best_iou(mask, glands).tolist() == [0.5, 0.0]
+    assert match_glands(mask, glands)["recall_50"] == 0.5
+    assert best_iou(mask, glands, min_area=0.4).tolist() == [0.5]
+
+
+def test_match_without_glands_or_segments():
+    none = match_glands(np.zeros((0, 4, 4), bool), np.zeros((4, 4), int))
+    assert none["n"] == 0 and np.isnan(none["mean_best_iou"]) and none["coverage"] == 0
+    with pytest.raises(ValueError, match="agree"):
+        match_glands(np.zeros((1, 4, 4), bool), np.zeros((5, 4), int))
+
+
+@pytest.mark.parametrize("baseline", [slic_baseline, felzenszwalb_baseline])
+def test_baselines_have_about_the_number_asked_and_tile_the_image(baseline):
+    image = phantom.render(1, seed=2, size=(128, 128)).image
+    masks = baseline(image, 20)
+    assert 13 <= len(masks) <= 28
+    assert (masks.sum(0) == 1).all()

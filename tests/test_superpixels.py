@@ -1,0 +1,107 @@
+"""Superpixels and prompts."""
+
+import numpy as np
+import pytest
+from skimage.data import immunohistochemistry
+from skimage.segmentation import slic
+
+from helpers.superpixels import SuperpixelWarning, draw_points, superpixels
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    return immunohistochemistry()[:200, :240]
+
+
+def test_labels_are_complete_and_in_range(tissue):
+    labels = superpixels(tissue, 30)
+    assert labels.shape == tissue.shape[:2] and labels.dtype == np.int32
+    assert set(np.unique(labels)) == set(range(labels.max() + 1))
+
+
+@pytest.mark.parametrize("n", [6, 15, 30, 60, 120])
+def test_the_number_asked_is_met_on_real_tissue(tissue, n):
+    found = superpixels(tissue, n).max() + 1
+    assert n / 1.5 <= found <= n * 1.5
+
+
+def test_default_compactness_of_scikit_image_is_a_trap(tissue):
+    assert slic(tissue, 30, start_label=0).max() + 1 < 20
+    with pytest.warns(SuperpixelWarning, match="Raise compactness"):
+        superpixels(tissue, 30, compactness=1.0, sigma=0.0)
+
+
+def test_same_input_same_labels(tissue):
+    np.testing.assert_array_equal(superpixels(tissue), superpixels(tissue.copy()))
+
+
+def test_constant_image_gives_a_grid():
+    assert 4 <= superpixels(np.full((60, 90, 3), 200, np.uint8), 6).max() + 1 <= 9
+
+
+def test_one_superpixel_is_the_whole_image(tissue):
+    assert not superpixels(tissue, 1).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_segments": 0}, "at least 1"),
+        ({"n_segments": 100_000}, "fewer than 16 pixels"),
+        ({"compactness": 0.0}, "positive"),
+        ({"sigma": -1.0}, "negative"),
+    ],
+)
+def test_bad_settings(tissue, change, message):
+    with pytest.raises(ValueError, match=message):
+        superpixels(tissue, **({"n_segments": 10} | change))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((40, 40), np.uint8),
+        np.zeros((40, 40, 4), np.uint8),
+        np.zeros((40, 40, 3), np.float32),
+        np.zeros((4, 40, 3), np.uint8),
+    ],
+)
+def test_bad_images(image):
+    with pytest.raises(ValueError, match="image"):
+        superpixels(image)
+
+
+def test_points_lie_in_their_superpixel():
+    labels = np.repeat(np.arange(6).reshape(2, 3), 20, 0).repeat(10, 1)
+    points = draw_points(labels, 15, rng=np.random.default_rng(0))
+    assert points.shape == (6, 15, 2)
+    inside = labels[points[..., 1], points[..., 0]]
+    np.testing.assert_array_equal(inside, np.repeat(np.arange(6)[:, None], 15, 1))
+
+
+def test_points_do_not_repeat_unless_they_must():
+    labels = np.zeros((4, 10), np.int32)
+    labels[0, :3] = 1
+    points = draw_points(labels, 5, rng=np.random.default_rng(1))
+    assert len(np.unique(points[0], axis=0)) == 5
+    assert len(np.unique(points[1], axis=0)) <= 3
+
+
+def test_points_cover_a_superpixel_evenly():
+    points = draw_points(np.zeros((20, 50), np.int32), 400, rng=np.random.default_rng(2))[0]
+    assert abs(points[:, 0].mean() - 24.5) < 2 and abs(points[:, 1].mean() - 9.5) < 1
+
+
+def test_points_depend_on_the_generator_only():
+    labels = np.arange(4).repeat(25).reshape(10, 10)
+    one, two, three = (draw_points(labels, 5, rng=np.random.default_rng(s)) for s in (3, 3, 4))
+    np.testing.assert_array_equal(one, two)
+    assert (one != three).any()
+
+
+def test_bad_points():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="at least 1 point"):
+        draw_points(np.zeros((4, 4), int), 0, rng=rng)
+    with pytest.raises(ValueError, match="gaps"):
+        draw_points(np.full((4, 4), 2), 3, rng=rng)

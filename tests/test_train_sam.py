@@ -1,0 +1,213 @@
+"""Scenes, clicks, losses, and a training run of two steps."""
+
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.sam import load_sam
+from helpers.train_sam import (
+    AREA_RANGE,
+    LEVELS,
+    TARGETS,
+    Recipe,
+    Scenes,
+    Trainer,
+    augment,
+    clicks,
+    evaluate,
+    export,
+    held_out,
+    make_batch,
+    match,
+    pair_losses,
+    phantom_scene,
+    prepare,
+    recolour,
+    texture_scene,
+    train,
+)
+
+RECIPE = Recipe(steps=2, image_size=64, dim=32, images=2, prompts=3, pretrained=False, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sam")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepare(folder / "scenes", 4, seed=1, shard=2)
+    return folder
+
+
+@pytest.mark.parametrize("draw", [phantom_scene, texture_scene])
+def test_scenes_have_objects_and_are_deterministic(draw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image, levels = draw(np.random.default_rng(4), 96)
+        again, _ = draw(np.random.default_rng(4), 96)
+    assert image.shape == (96, 96, 3) and image.dtype == np.uint8
+    assert levels.shape == (LEVELS, 96, 96) and levels.any()
+    np.testing.assert_array_equal(image, again)
+
+
+def test_texture_scenes_come_in_many_kinds():
+    pictures = [texture_scene(np.random.default_rng(i), 96) for i in range(12)]
+    assert all(image.std() > 1 for image, _ in pictures)
+    assert len({int(levels[0].max()) for _, levels in pictures}) >= 4
+
+
+def test_augmentation_keeps_image_and_labels_together():
+    levels = np.zeros((LEVELS, 320, 320), np.uint8)
+    levels[0, 100:220, 100:220] = 1
+    image = np.repeat((levels[0] * 200 + 20)[..., None], 3, -1)
+    rng = np.random.default_rng(0)
+    agree = []
+    for _ in range(20):
+        x, y = augment(image, levels, rng, 64)
+        assert x.shape == (64, 64, 3) and y.shape == (LEVELS, 64, 64)
+        inside = y[0] > 0
+        if inside.any() and not inside.all():
+            agree.append(abs(float(x[inside].mean()) - float(x[~inside].mean())))
+    assert np.median(agree) > 50
+
+
+def test_recolouring_changes_colours_not_shapes():
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    out = [recolour(image, np.random.default_rng(i)) for i in range(5)]
+    assert all(x.shape == image.shape and x.dtype == np.uint8 for x in out)
+    assert (out[0] != out[1]).any()
+
+
+def test_clicks_lie_in_every_target_they_are_given():
+    levels = np.zeros((LEVELS, 64, 64), np.uint8)
+    levels[0, 8:40, 8:40] = 1
+    levels[1, 16:32, 16:32] = 1
+    levels[2, 48:, :] = 1
+    points, targets, valid = clicks(levels, 40, np.random.default_rng(0))
+    assert points.shape == (40, 2) and targets.shape == (40, TARGETS, 64, 64)
+    assert valid.any(1).all() and (valid.sum(1) == 2).any()
+    for (x, y), masks, ok in zip(points.astype(int), targets, valid, strict=True):
+        assert masks[ok][:, y, x].all() and not masks[~ok].any()
+        area = masks[ok].mean((1, 2))
+        assert (area >= AREA_RANGE[0]).all() and (area <= AREA_RANGE[1]).all()
+
+
+def test_touching_instances_and_loose_pieces_are_separate_targets():
+    levels = np.zeros((LEVELS, 64, 64), np.uint8)
+    levels[0, :30, :30], levels[0, :30, 30:60] = 1, 2
+    levels[0, 40:60, :20] = 1
+    _, targets, valid = clicks(levels, 60, np.random.default_rng(0))
+    assert set(targets[valid].sum((1, 2))) == {900, 400}
+
+
+def test_a_scene_without_objects_gives_no_targets():
+    _, targets, valid = clicks(np.zeros((LEVELS, 32, 32), np.uint8), 3, np.random.default_rng(0))
+    assert not valid.any() and not targets.any()
+
+
+def test_losses_by_definition():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(2, 3, 8, 8)))
+    targets = torch.from_numpy((rng.random((2, 2, 8, 8)) > 0.5).astype(float))
+    loss, iou = pair_losses(logits, targets)
+    p = torch.sigmoid(logits)
+    for m, o, k in np.ndindex(2, 3, 2):
+        q, t = p[m, o], targets[m, k]
+        right = torch.where(t > 0, q, 1 - q)
+        focal = (-((1 - right) ** 2) * right.log()).mean()
+        dice = 1 - (2 * (q * t).sum() + 1) / (q.sum() + t.sum() + 1)
+        torch.testing.assert_close(loss[m, o, k].double(), 20 * focal + dice, rtol=1e-4, atol=1e-4)
+        hard = logits[m, o] > 0
+        expected = (hard & (t > 0)).sum() / (hard | (t > 0)).sum()
+        torch.testing.assert_close(iou[m, o, k], expected.float())
+
+
+def test_perfect_masks_have_no_loss():
+    target = (torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    loss, iou = pair_losses((target * 2 - 1) * 40, target)
+    assert loss.item() < 1e-3 and iou.item() == 1
+
+
+def test_matching_is_the_best_assignment():
+    rng = np.random.default_rng(0)
+    loss = torch.from_numpy(rng.random((5, 3, 3)))
+    valid = torch.tensor([[True] * 3, [True, False, True], [False, True, False],
+                          [False] * 3, [True, True, False]])
+    found = match(loss, valid)
+    for m in range(5):
+        ks = [k for k in range(3) if valid[m, k]]
+        options = [
+            sum(float(loss[m, o, k]) for o, k in zip(order, ks, strict=True))
+            for order in itertools.permutations(range(3), len(ks))
+        ]
+        assert float(found[m]) == pytest.approx(min(options) / max(1, len(ks)))
+
+
+def test_batches_depend_on_the_generator_only(folder):
+    scenes = Scenes(folder / "scenes")
+    assert len(scenes) == 4
+    one, two = (
+        make_batch(scenes, np.random.default_rng(3), images=2, prompts=3, size=64, bf16=False)
+        for _ in range(2)
+    )
+    assert all(torch.equal(one[k], two[k]) for k in one if k != "bf16")
+    assert (one["chosen"].sum(-1) == one["valid"].any(-1)).all()
+
+
+def test_shards_are_not_made_twice(folder):
+    paths = sorted((folder / "scenes").glob("*.npy"))
+    before = [p.stat().st_mtime_ns for p in paths]
+    prepare(folder / "scenes", 4, seed=1, shard=2)
+    assert [p.stat().st_mtime_ns for p in paths] == before
+
+
+def test_training_runs_resumes_and_exports(folder, tmp_path):
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    weights = tmp_path / "sam_small.safetensors"
+    first = train(RECIPE, folder, weights=weights, every=1, checkpoint_every=2,
+                  n_held_out=1, log=lambda _: None)
+    assert first.step == 2 and np.isfinite(first.curve[-1]["loss"])
+    sam = load_sam(weights)
+    assert sam.image_encoder.img_size == 64
+    card, log = weights.with_suffix(".md").read_text(), json.loads(
+        weights.with_suffix(".json").read_text()
+    )
+    assert "SHA-256" in card and "no real annotated tissue" in card
+    assert log["recipe"]["steps"] == 2 and len(log["curve"]) == 2
+
+    again = Trainer(RECIPE, Scenes(folder / "scenes"))
+    again.resume(folder / "checkpoint.pt")
+    assert again.step == 2
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key])
+    assert first.advance() == pytest.approx(again.advance(), rel=1e-4)
+
+
+def test_a_few_steps_lower_the_loss(folder):
+    trainer = Trainer(
+        Recipe(steps=40, image_size=64, dim=32, images=2, prompts=4, warmup=1, bf16=False,
+               correct=0.0), Scenes(folder / "scenes"),
+    )
+    losses = [trainer.advance()["loss"] for _ in range(30)]
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_exports_are_small_and_half_precision(folder, tmp_path):
+    from safetensors import safe_open
+
+    trainer = Trainer(RECIPE, Scenes(folder / "scenes"))
+    export(trainer, tmp_path / "a.safetensors")
+    with safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
+        dtypes = {file.get_tensor(k).dtype for k in file.keys()}
+    assert torch.float32 not in dtypes
+
+
+def test_evaluation_counts_each_gland_once(folder):
+    images, instances = held_out(2, size=96)
+    sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
+    score = evaluate(sam, images, instances, rng=np.random.default_rng(0))
+    assert 0 <= score["picked_iou"] <= score["oracle_iou"] <= 1 and score["n"] > 0
