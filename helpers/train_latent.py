@@ -1,0 +1,771 @@
+"""Training of the small latent diffusion model: first the autoencoder, then the noise network.
+
+``python -m helpers.train_latent autoencoder`` and ``python -m helpers.train_latent unet`` draw
+tissue with :mod:`helpers.phantom`, train, measure, and write ``data/weights/autoencoder.*`` and
+``unet.*``: weights (fp16 safetensors), training curve (JSON) and model card.
+A run that was stopped goes on where it was; ``--images FOLDER`` trains on own images instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from helpers import phantom
+from helpers.diffusion import dsm_loss
+from helpers.latent import (
+    AUTOENCODER_WEIGHTS,
+    UNET_WEIGHTS,
+    LatentDiffusion,
+    build_autoencoder,
+    build_unet,
+    load_autoencoder,
+    psnr,
+    save_weights,
+    to_tensor,
+    to_uint8,
+)
+
+__all__ = [
+    "AutoencoderRecipe",
+    "AutoencoderTrainer",
+    "Scenes",
+    "UNetRecipe",
+    "UNetTrainer",
+    "colour_jitter",
+    "encode_scenes",
+    "held_out",
+    "prepare",
+    "scene",
+    "score_autoencoder",
+    "texture",
+]
+
+#: Side of a stored scene in pixels.
+SCENE = 256
+_SHARD = 25
+_HELD_OUT_SEED = 987_654_321
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def scene(index: int, *, seed: int = 0, size: int = SCENE, textures: float = 0.15) -> np.ndarray:
+    """Draw one training image: tissue of any organ, grade, stain, site and zoom, or a texture.
+
+    Parameters
+    ----------
+    index, seed : int
+        The image is determined by both.
+    size : int
+        Side in pixels.
+    textures : float
+        Share of images that are abstract textures instead of tissue.
+
+    Returns
+    -------
+    (size, size, 3) uint8 ndarray
+    """
+    rng = np.random.default_rng([seed, 71, index])
+    if rng.random() < textures:
+        return texture(rng, size)
+    organ = str(rng.choice(list(phantom.GRADES), p=[0.65, 0.35]))
+    ihc = rng.random() < 0.25
+    zoom = float(np.exp(rng.normal(0, 0.2)))
+    return phantom.render(
+        index,
+        seed=seed + 1,
+        grade=str(rng.choice(phantom.GRADES[organ])),
+        organ=organ,
+        size=(size, size),
+        site=str(rng.choice(phantom.SITES)),
+        patient=int(rng.integers(1000)),
+        stain="IHC" if ihc else "HE",
+        microns_per_pixel=zoom * (150 if ihc else 256) / size,
+    ).image
+
+
+def texture(rng: np.random.Generator, size: int = SCENE) -> np.ndarray:
+    """Draw an abstract texture: coloured noise of random scale and direction, with sharp regions.
+
+    Returns
+    -------
+    (size, size, 3) uint8 ndarray
+    """
+    def layer() -> np.ndarray:
+        sigma = float(np.exp(rng.uniform(np.log(0.6), np.log(12))))
+        stretch = float(np.exp(rng.uniform(0, np.log(4))))
+        noise = cv2.GaussianBlur(
+            rng.standard_normal((size, size)).astype(np.float32), (0, 0), sigma, sigmaY=sigma * stretch
+        )
+        turn = cv2.getRotationMatrix2D((size / 2, size / 2), float(rng.uniform(0, 180)), 1.45)
+        noise = cv2.warpAffine(noise, turn, (size, size), borderMode=cv2.BORDER_REFLECT)
+        return (noise - noise.mean()) / (noise.std() + 1e-6)
+
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = rng.uniform(0.25, 0.95, 3)
+    for _ in range(int(rng.integers(2, 5))):
+        colour = rng.uniform(0.05, 1.0, 3).astype(np.float32)
+        where = layer()
+        soft = float(np.exp(rng.uniform(np.log(0.02), np.log(1.0))))
+        weight = 1 / (1 + np.exp(-np.clip((where - rng.normal(0.3, 0.6)) / soft, -30, 30)))
+        detail = 1 + rng.uniform(0, 0.15) * layer()[..., None]
+        image += weight[..., None] * (colour * detail - image)
+    image += rng.normal(0, rng.uniform(0, 0.02), image.shape)
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+def prepare(
+    folder: Path, n: int, *, seed: int = 0, textures: float = 0.15,
+    log: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Draw the first `n` scenes into shards of a folder; shards that are there are kept."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(-(-n // _SHARD)):
+        path = folder / f"shard_{k:04d}.npy"
+        if path.exists():
+            continue
+        images = [scene(k * _SHARD + i, seed=seed, textures=textures) for i in range(_SHARD)]
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, np.stack(images))
+        temporary.replace(path)
+        log(f"drew {(k + 1) * _SHARD} of {n} scenes")
+
+
+class Scenes:
+    """Training images: the shards of a folder, the pictures of a folder, or a given array.
+
+    Parameters
+    ----------
+    source : Path or (N, H, W, 3) uint8 ndarray
+        Folder with ``shard_*.npy`` written by :func:`prepare`, folder with PNG, JPEG or TIFF
+        images (searched through; large ones are cut into fields of `size`), or the images.
+    size : int
+        Side of the fields cut from pictures, pixels.
+    """
+
+    def __init__(self, source: Path | np.ndarray, *, size: int = SCENE) -> None:
+        self.source, self.size = source, size
+        self.parts: list[np.ndarray] = []
+        self._seen: set[str] = set()
+        if isinstance(source, np.ndarray):
+            self.parts = [source]
+        else:
+            self.refresh()
+        if not len(self):
+            raise FileNotFoundError(f"no images in {source}: give a folder with images")
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        for part in self.parts:
+            if i < len(part):
+                return part[i]
+            i -= len(part)
+        raise IndexError(i)
+
+    def refresh(self) -> None:
+        """Take in shards that were written since."""
+        if isinstance(self.source, np.ndarray):
+            return
+        folder = Path(self.source)
+        shards = sorted(folder.glob("shard_????.npy"))
+        for path in shards:
+            if path.name not in self._seen:
+                self._seen.add(path.name)
+                self.parts.append(np.load(path))
+        if not shards and not self.parts:
+            self.parts = [part for part in [_fields(folder, self.size)] if len(part)]
+
+
+def _fields(folder: Path, size: int) -> np.ndarray:
+    """Non-overlapping fields of all pictures under a folder, short sides scaled up if needed."""
+    from PIL import Image
+
+    kinds = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds):
+        with Image.open(path) as picture:
+            image = np.asarray(picture.convert("RGB"))
+        short = min(image.shape[:2])
+        if short < size:
+            side = [max(size, round(s * size / short)) for s in image.shape[:2]]
+            image = cv2.resize(image, side[::-1], interpolation=cv2.INTER_CUBIC)
+        for y in range(0, image.shape[0] - size + 1, size):
+            for x in range(0, image.shape[1] - size + 1, size):
+                found.append(image[y : y + size, x : x + size])
+    return np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
+
+
+def held_out(n: int = 24, *, size: int = SCENE) -> np.ndarray:
+    """Phantoms that training never sees: other seeds, all grades, both sites, one in six IHC.
+
+    Returns
+    -------
+    (n, size, size, 3) uint8 ndarray
+    """
+    pairs = [(organ, grade) for organ, grades in phantom.GRADES.items() for grade in grades]
+    images = []
+    for i in range(n):
+        organ, grade = pairs[i % len(pairs)]
+        images.append(phantom.render(
+            i, seed=_HELD_OUT_SEED, organ=organ, grade=grade, size=(size, size),
+            site=phantom.SITES[i // len(pairs) % 2], patient=1000 + i,
+            stain="IHC" if i % 6 == 5 else "HE",
+        ).image)  # fmt: skip
+    return np.stack(images)
+
+
+def colour_jitter(
+    x: torch.Tensor, strength: float, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Change the stain: optical density times a random matrix near the identity, plus a shift.
+
+    Parameters
+    ----------
+    x : (N, 3, H, W) Tensor
+        Images in [-1, 1].
+    strength : float
+        0 changes nothing; 1 is a strong change.
+
+    Returns
+    -------
+    (N, 3, H, W) Tensor
+        In [-1, 1].
+    """
+    if strength <= 0:
+        return x
+    n = len(x)
+    density = -torch.log(((x + 1) / 2).clamp_min(1 / 255))
+    gain = torch.exp(0.35 * strength * torch.randn(n, 1, 1, generator=generator))
+    mix = torch.eye(3) + 0.15 * strength * torch.randn(n, 3, 3, generator=generator)
+    shift = 0.05 * strength * torch.randn(n, 3, 1, generator=generator)
+    density = (gain * mix) @ density.flatten(2) + shift
+    return (2 * torch.exp(-density.clamp_min(0)) - 1).reshape(x.shape)
+
+
+def _turn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each square image flipped and turned by a multiple of 90 degrees at random."""
+    how = torch.randint(8, (len(x),), generator=generator).tolist()
+    return torch.stack([
+        torch.rot90(image.flip(-1) if k >= 4 else image, k % 4, (-2, -1))
+        for image, k in zip(x, how, strict=True)
+    ])  # fmt: skip
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """Settings of the first stage; the defaults are those of the shipped weights."""
+
+    seed: int = 0
+    steps: int = 20000
+    minutes: float | None = None
+    channels: tuple[int, ...] = (64, 128)
+    layers: int = 1
+    latent_channels: int = 4
+    image_patch: int = 2
+    crop: int = 64
+    batch: int = 8
+    scenes: int = 2000
+    textures: float = 0.15
+    rate: float = 8e-4
+    gradient: float = 0.5
+    kl: float = 1e-4
+    jitter: float = 0.5
+    warmup: int = 200
+    ema: float = 0.998
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class UNetRecipe:
+    """Settings of the noise network; the defaults are those of the shipped weights."""
+
+    seed: int = 0
+    steps: int = 60000
+    minutes: float | None = None
+    channels: tuple[int, ...] = (96, 128, 160)
+    layers: int = 1
+    latent_patch: int = 2
+    batch: int = 8
+    scenes: int = 2000
+    textures: float = 0.15
+    rate: float = 5e-4
+    warmup: int = 200
+    ema: float = 0.9995
+    jitter: float = 0.15
+    views: int = 2
+    bf16: bool = True
+
+
+def _rate(progress: float, step: int, warmup: int) -> float:
+    """Learning rate, relative: linear warm-up, constant half, then cosine to 1 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    x = max(0.0, (progress - 0.5) / 0.5)
+    return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * min(x, 1.0))))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class _Trainer:
+    """What both trainings share: optimiser, average of the weights, curve, checkpoints."""
+
+    kind: str
+    keep: tuple[str, ...] = ()
+
+    def __init__(self, recipe: Any, model: nn.Module, scenes: Scenes | None) -> None:
+        self.recipe, self.scenes = recipe, scenes
+        self.model = model.to(memory_format=torch.channels_last).train().requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
+        )
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by time, whichever is further."""
+        by_time = self.seconds / 60 / self.recipe.minutes if self.recipe.minutes else 0.0
+        return max(self.step / self.recipe.steps, by_time)
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """Draw a batch and return its losses; "loss" is minimised."""
+        raise NotImplementedError
+
+    def advance(self) -> dict[str, float]:
+        """Take one step of the optimiser."""
+        start = time.perf_counter()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate * _rate(self.progress(), self.step, self.recipe.warmup)
+        losses = self.loss()
+        if not bool(torch.isfinite(losses["loss"])):
+            raise FloatingPointError(
+                f"the {self.kind} loss is {float(losses['loss'])} at step {self.step}: "
+                "lower the learning rate and start from the last checkpoint"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            mine = self.model.state_dict()
+            torch._foreach_lerp_(
+                list(self.average.values()), [mine[k] for k in self.average], 1 - decay
+            )
+        self.seconds += time.perf_counter() - start
+        return {key: float(value.detach()) for key, value in losses.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        """Score of the averaged weights on held-out images."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later."""
+        return {
+            "kind": self.kind, "model": self.model.state_dict(), "average": self.average,
+            "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
+            "curve": self.curve, "generator": self.generator.get_state(),
+            "recipe": json.dumps(asdict(self.recipe)), **{k: getattr(self, k) for k in self.keep},
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, atomically."""
+        temporary = Path(path).with_suffix(".tmp")
+        torch.save(self.state(), temporary)
+        temporary.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint that :meth:`save` wrote."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("kind") != self.kind:
+            raise ValueError(f"{path} is no checkpoint of the {self.kind}: remove it or name another")
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        self.curve = state["curve"]
+        self.generator.set_state(state["generator"])
+        for key in self.keep:
+            setattr(self, key, state[key])
+
+    def run(
+        self, *, checkpoint: Path | None = None, export: Callable[[_Trainer], None] | None = None,
+        every: int = 100, score_every: int = 1000, progress: bool = False,
+        log: Callable[[str], None] | None = print,
+    ) -> _Trainer:  # fmt: skip
+        """Train to the end of the recipe, from `checkpoint` where it exists.
+
+        Parameters
+        ----------
+        checkpoint : Path, optional
+            Written every `score_every` steps and read at the start.
+        export : callable, optional
+            Called with the trainer after each scoring.
+        every, score_every : int
+            Steps between entries of the curve, and between scores on held-out images.
+        progress : bool
+            Show a progress bar.
+        log : callable, optional
+            Receives one line of JSON an entry.
+        """
+        from tqdm.auto import tqdm
+
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.resume(Path(checkpoint))
+        sums: dict[str, list[float]] = {}
+        with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
+                  desc=self.kind) as bar:  # fmt: skip
+            while self.progress() < 1:
+                for key, value in self.advance().items():
+                    sums.setdefault(key, []).append(value)
+                bar.update()
+                last = self.progress() >= 1
+                if self.step % every and not last:
+                    continue
+                entry: dict[str, float] = {"step": self.step, "minutes": round(self.seconds / 60, 3)}
+                entry |= {key: round(float(np.mean(v)), 5) for key, v in sums.items()}
+                sums = {}
+                if self.step % score_every == 0 or last:
+                    entry |= {k: round(v, 4) for k, v in self.evaluate().items()}
+                self.curve.append(entry)
+                if log:
+                    log(json.dumps(entry))
+                if self.step % score_every == 0 or last:
+                    if self.scenes is not None:
+                        self.scenes.refresh()
+                    if checkpoint is not None:
+                        self.save(Path(checkpoint))
+                    if export:
+                        export(self)
+        return self
+
+
+class AutoencoderTrainer(_Trainer):
+    """First stage: L1 on pixels and on their differences, and a very small KL term."""
+
+    kind = "autoencoder"
+    keep = ("shift", "scale")
+
+    def __init__(
+        self, recipe: AutoencoderRecipe, scenes: Scenes, *, test: np.ndarray | None = None
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        build = {"channels": list(recipe.channels), "layers": recipe.layers,
+                 "latent_channels": recipe.latent_channels, "image_patch": recipe.image_patch}  # fmt: skip
+        super().__init__(recipe, build_autoencoder(**build), scenes)
+        self.build, self.test = build, test
+        self.shift, self.scale = 0.0, 1.0
+
+    def batch(self) -> torch.Tensor:
+        """Random crops with flips, quarter turns and stain jitter, in [-1, 1]."""
+        r, g = self.recipe, self.generator
+        crops = []
+        for _ in range(r.batch):
+            image = self.scenes[int(torch.randint(len(self.scenes), (1,), generator=g))]
+            y, x = (
+                int(torch.randint(side - r.crop + 1, (1,), generator=g))
+                for side in image.shape[:2]
+            )
+            crops.append(image[y : y + r.crop, x : x + r.crop])
+        strength = float(torch.rand(1, generator=g)) * 2 * r.jitter
+        return colour_jitter(_turn(to_tensor(np.stack(crops)), g), strength, generator=g)
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """Reconstruction of a batch of crops."""
+        r, x = self.recipe, self.batch()
+        with torch.autocast("cpu", torch.bfloat16, enabled=r.bf16):
+            moments = self.model._encode(F.pixel_unshuffle(x, r.image_patch))
+            mean, logvar = moments.float().chunk(2, dim=1)
+            logvar = logvar.clamp(-20, 5)
+            noise = torch.randn(mean.shape, generator=self.generator)
+            out = self.model.decode(mean + torch.exp(0.5 * logvar) * noise).sample
+        d = F.pixel_shuffle(out.float(), r.image_patch) - x
+        l1 = d.abs().mean()
+        edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return {"loss": l1 + r.gradient * edges + r.kl * kl, "l1": l1, "kl": kl}
+
+    def latent_diffusion(self) -> LatentDiffusion:
+        """Return a model of the averaged weights, latents scaled to unit variance."""
+        autoencoder = build_autoencoder(**self.build)
+        autoencoder.load_state_dict(self.average)
+        model = LatentDiffusion(autoencoder, image_patch=self.recipe.image_patch)
+        n = min(32, len(self.scenes))
+        pick = np.linspace(0, len(self.scenes) - 1, n).astype(int)
+        with torch.no_grad():
+            z = model.encode(to_tensor(np.stack([self.scenes[i] for i in pick])))
+        self.shift, self.scale = float(z.mean()), float(1 / z.std())
+        model.shift, model.scale = self.shift, self.scale
+        return model
+
+    def evaluate(self) -> dict[str, float]:
+        """PSNR and SSIM on the held-out images."""
+        return score_autoencoder(self.latent_diffusion(), self.test) if self.test is not None else {}
+
+    def export(self, path: Path, command: str) -> None:
+        """Write weights, curve and model card."""
+        self.latent_diffusion()
+        model = {"image_patch": self.recipe.image_patch, "shift": self.shift, "scale": self.scale}
+        save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
+        _write_log(self, path)
+        _write_card(self, path, command)
+
+
+class UNetTrainer(_Trainer):
+    """Noise network: denoising score matching (Eq. 4) on the latents of the first stage.
+
+    Parameters
+    ----------
+    recipe : UNetRecipe
+    first_stage : LatentDiffusion
+        Autoencoder that the latents come from.
+    z : (N, c, h, w) Tensor
+        Latents, e.g. of :func:`encode_scenes`.
+    test : (n, c, h, w) Tensor, optional
+        Held-out latents.
+    """
+
+    kind = "unet"
+
+    def __init__(
+        self, recipe: UNetRecipe, first_stage: LatentDiffusion, z: torch.Tensor, *,
+        test: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(recipe.seed)
+        self.build = {"channels": list(recipe.channels), "layers": recipe.layers,
+                      "latent_channels": first_stage.channels, "latent_patch": recipe.latent_patch}  # fmt: skip
+        super().__init__(recipe, build_unet(**self.build), None)
+        self.first_stage, self.z, self.test = first_stage, z, test
+        self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
+
+    def _network(self, model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        p = self.recipe.latent_patch
+
+        def network(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+                folded = F.pixel_unshuffle(z, p) if p > 1 else z
+                out = model(folded.contiguous(memory_format=torch.channels_last), t).sample
+            return F.pixel_shuffle(out.float(), p) if p > 1 else out.float()
+
+        return network
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """Denoising score matching on a batch of latents."""
+        pick = torch.randint(len(self.z), (self.recipe.batch,), generator=self.generator)
+        loss = dsm_loss(
+            self._network(self.model), self.z[pick].float(), self.first_stage.alphas_cumprod,
+            prediction="v_prediction", generator=self.generator,
+        ).mean()  # fmt: skip
+        return {"loss": loss}
+
+    def latent_diffusion(self) -> LatentDiffusion:
+        """Return autoencoder and averaged noise network."""
+        unet = build_unet(**self.build)
+        unet.load_state_dict(self.average)
+        first = self.first_stage
+        return LatentDiffusion(
+            first.autoencoder, unet, image_patch=first.image_patch, shift=first.shift,
+            scale=first.scale, schedule=first.schedule, **self.keep_config,
+        )  # fmt: skip
+
+    def evaluate(self) -> dict[str, float]:
+        """Denoising loss of the averaged weights on held-out latents, with fixed noise and times."""
+        if self.test is None:
+            return {}
+        model = self.latent_diffusion()
+        generator = torch.Generator().manual_seed(0)
+        t = (torch.arange(len(self.test)) * 997) % 1000
+        with torch.no_grad():
+            loss = dsm_loss(self._network(model.unet), self.test, model.alphas_cumprod, t=t,
+                            prediction="v_prediction", generator=generator)  # fmt: skip
+        return {"held_out_loss": float(loss.mean())}
+
+    def export(self, path: Path, command: str) -> None:
+        """Write weights, curve and model card."""
+        save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
+        _write_log(self, path)
+        _write_card(self, path, command)
+
+
+def encode_scenes(
+    model: LatentDiffusion, scenes: Scenes, *, views: int = 1, jitter: float = 0.0, seed: int = 0,
+    batch: int = 8, log: Callable[[str], None] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Latents of all images, each in `views` random turns, flips and mild stain changes.
+
+    Turns and flips are of the image, not of the latents: the autoencoder does not commute with them.
+
+    Returns
+    -------
+    (views * N, c, h, w) float16 Tensor
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    with torch.no_grad():
+        for view in range(views):
+            for i in range(0, len(scenes), batch):
+                x = to_tensor(np.stack([scenes[k] for k in range(i, min(i + batch, len(scenes)))]))
+                x = _turn(x, generator)
+                x = torch.cat([colour_jitter(y[None], jitter, generator=generator) for y in x])
+                found.append(model.encode(x).half())
+            if log:
+                log(f"encoded view {view + 1} of {views}: {len(scenes)} images")
+    return torch.cat(found)
+
+
+def score_autoencoder(model: LatentDiffusion, images: np.ndarray) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of images against their reconstructions.
+
+    Parameters
+    ----------
+    images : (N, H, W, 3) uint8 ndarray
+
+    Returns
+    -------
+    dict
+        "psnr", "ssim".
+    """
+    from skimage.metrics import structural_similarity
+
+    scores = []
+    with torch.no_grad():
+        for image in images:
+            back = to_uint8(model.decode(model.encode(to_tensor(image, device=model.device))))[0]
+            ssim = structural_similarity(image, back, channel_axis=-1, data_range=255)
+            scores.append((psnr(image, back), ssim))
+    return dict(zip(("psnr", "ssim"), np.mean(scores, axis=0).tolist(), strict=True))
+
+
+def _write_log(trainer: _Trainer, path: Path) -> None:
+    last = next((e for e in reversed(trainer.curve) if set(e) - {"step", "minutes", "loss"}), {})
+    log = {"recipe": asdict(trainer.recipe), "curve": trainer.curve, "held_out": last}
+    path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_card(trainer: _Trainer, path: Path, command: str) -> None:
+    """Describe the weights: data, command, seed, steps, score, licence, digest."""
+    r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
+    parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
+    size = path.stat().st_size / 1e6
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if trainer.kind == "autoencoder":
+        what = "First stage of the small latent diffusion model: `diffusers.AutoencoderKL`."
+        shape = (f"pixels folded {r.image_patch} x {r.image_patch}, channels {r.channels}, factor "
+                 f"{r.image_patch * 2 ** (len(r.channels) - 1)}, {r.latent_channels} latent channels, "
+                 f"scaled to unit variance (shift {trainer.shift:.4f}, scale {trainer.scale:.4f})")  # fmt: skip
+        batch = f"{r.batch} crops of {r.crop} px"
+        score = (f"PSNR {last.get('psnr', float('nan')):.2f} dB, SSIM {last.get('ssim', float('nan')):.3f} "
+                 "on 24 phantoms of other seeds and patients, both sites, one in six IHC")  # fmt: skip
+    else:
+        what = "Noise network of the small latent diffusion model: `diffusers.UNet2DModel`."
+        shape = (f"latents folded {r.latent_patch} x {r.latent_patch}, channels {r.channels}, attention "
+                 "at the coarsest level, predicts v, unconditional")  # fmt: skip
+        batch = f"{r.batch} latents of 256 px images"
+        score = (f"denoising loss (v) {last.get('held_out_loss', float('nan')):.4f} on 48 latents of "
+                 "phantoms of other seeds and patients, both sites, one in six IHC")  # fmt: skip
+    path.with_suffix(".md").write_text(f"""# {path.name}
+
+{what}
+
+| | |
+|---|---|
+| architecture | {shape} |
+| parameters | {parameters:.2f} million, fp16, {size:.1f} MB, average of the weights over the run |
+| data | {r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a quarter \
+IHC) and abstract textures ({r.textures:.0%}); no real tissue |
+| command | `{command}` |
+| seed | {r.seed} |
+| steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on one CPU core |
+| held-out score | {score} |
+| licence | MIT, as the code of this repository |
+| SHA-256 | `{digest}` |
+
+The training curve is in `{path.with_suffix(".json").name}`.
+""", encoding="utf-8")  # fmt: skip
+
+
+def _cached_latents(
+    path: Path, weights: Path, model: LatentDiffusion, scenes: Scenes, recipe: UNetRecipe,
+    log: Callable[[str], None],
+) -> torch.Tensor:  # fmt: skip
+    """Latents of the scenes, from `path` if they were made with the same weights and settings."""
+    key = [hashlib.sha256(Path(weights).read_bytes()).hexdigest(), len(scenes), recipe.views,
+           recipe.jitter, recipe.seed]  # fmt: skip
+    if path.exists():
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if stored["key"] == key:
+            return stored["z"]
+    z = encode_scenes(model, scenes, views=recipe.views, jitter=recipe.jitter, seed=recipe.seed, log=log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"key": key, "z": z}, path)
+    return z
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see ``python -m helpers.train_latent --help``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("prepare", "autoencoder", "unet"))
+    parser.add_argument("--work", type=Path, default=Path("data/runs/train_latent"),
+                        help="folder of drawn scenes and checkpoints")
+    parser.add_argument("--images", type=Path, help="train on the images of this folder instead")
+    parser.add_argument("--weights", type=Path, help="file to write")
+    parser.add_argument("--autoencoder", type=Path, default=AUTOENCODER_WEIGHTS,
+                        help="first stage of the unet")  # fmt: skip
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="stop by time, with the decay fitted to it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int)
+    parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    o = parser.parse_args(argv)
+    torch.set_num_threads(o.threads)
+    cv2.setNumThreads(o.threads)
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    given = {k: getattr(o, k) for k in ("steps", "minutes", "scenes") if getattr(o, k)}
+    recipe = {"autoencoder": AutoencoderRecipe}.get(o.what, UNetRecipe)(seed=o.seed, **given)
+    if o.images is None and not o.no_prepare:
+        prepare(o.work / "scenes", recipe.scenes, seed=o.seed, textures=recipe.textures, log=say)
+    if o.what == "prepare":
+        return
+    scenes = Scenes(o.images or o.work / "scenes")
+    command = f"python -m helpers.train_latent {o.what}"
+    if o.what == "autoencoder":
+        trainer: _Trainer = AutoencoderTrainer(recipe, scenes, test=held_out())
+        path = o.weights or AUTOENCODER_WEIGHTS
+    else:
+        path = o.weights or UNET_WEIGHTS
+        first_stage = load_autoencoder(o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None)
+        test = encode_scenes(first_stage, Scenes(held_out(48))).float()
+        z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
+        trainer = UNetTrainer(recipe, first_stage, z, test=test)
+    o.work.mkdir(parents=True, exist_ok=True)
+    trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say,
+                export=lambda t: t.export(path, command))
+
+
+if __name__ == "__main__":
+    main()

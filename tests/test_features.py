@@ -1,0 +1,228 @@
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from skimage import data
+
+from helpers import features
+from helpers.pool import collect
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return features.load_extractor("lite0")
+
+
+@pytest.fixture(scope="module")
+def ctranspath_file(tmp_path_factory):
+    """CTransPath with random weights, under the names its authors use."""
+    torch.manual_seed(0)
+    network = features.ctranspath_network()
+    for layer in network.modules():  # statistics that differ from a fresh network's
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.1, 0.1)
+    old = {}
+    for key, value in network.state_dict().items():
+        parts = key.split(".")
+        if "downsample" in parts:
+            parts[1] = str(int(parts[1]) - 1)
+        old[".".join(parts)] = value
+    old["layers.0.blocks.1.attn_mask"] = torch.zeros(1)
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(1, dtype=torch.long)
+    path = tmp_path_factory.mktemp("weights") / "ctranspath.pth"
+    torch.save({"model": old}, path)
+    return path, network.eval()
+
+
+def crops(n, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (n, 14, 14, 3), dtype=np.uint8)
+    return np.stack([cv2.resize(c, (224, 224)) for c in small])
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def test_crop_is_the_resized_bounding_box():
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    mask = np.zeros((30, 40), bool)
+    mask[5:15, 10:30] = True
+    mask[5, 10] = False  # the box is unchanged
+    expected = cv2.resize(image[5:15, 10:30], (64, 64), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(features.crop(image, mask, 64), expected)
+
+
+@pytest.mark.parametrize(("background", "colour"), [("white", 255), ("mean", 100)])
+def test_crop_background(background, colour):
+    image = np.full((20, 20, 3), 100, np.uint8)
+    mask = np.zeros((20, 20), bool)
+    mask[2:10, 2:10] = True
+    mask[2:6, 2:6] = False
+    out = features.crop(image, mask, 8, background=background)
+    assert (out[:3, :3] == colour).all()
+    assert (out[6:, 6:] == 100).all()
+
+
+def test_crop_of_one_pixel_and_of_everything():
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    one = np.zeros((16, 24), bool)
+    one[3, 4] = True
+    assert (features.crop(image, one, 5) == image[3, 4]).all()
+    assert features.crop(image, np.ones((16, 24), bool), 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "background", "message"),
+    [
+        (np.zeros((8, 8), bool), "keep", "empty"),
+        (np.ones((8, 9), bool), "keep", r"\(8, 9\)"),
+        (np.ones((8, 8), bool), "blur", "'blur'"),
+    ],
+)
+def test_crop_errors(mask, background, message):
+    with pytest.raises(ValueError, match=message):
+        features.crop(np.zeros((8, 8, 3), np.uint8), mask, background=background)
+
+
+# --- EfficientNet-Lite0 ---------------------------------------------------------------------------
+
+
+def test_lite0_weights_fit_timm_tensor_by_tensor():
+    weights = features.lite0_state_dict()
+    assert len(weights) == 296
+    assert weights["conv_stem.weight"].shape == (32, 3, 3, 3)
+    assert weights["classifier.weight"].shape == (1000, 1280)
+
+
+def test_lite0_sees_a_cat_and_a_cup_of_espresso():
+    """The normalisation is the one it was trained with: ImageNet classes come out right."""
+    import timm
+
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(features.lite0_state_dict())
+    network.eval()
+    probabilities = []
+    for image in (data.chelsea(), data.coffee()):
+        h, w = image.shape[:2]
+        side = min(h, w)
+        centre = image[(h - side) // 2 :, (w - side) // 2 :][:side, :side]
+        x = torch.from_numpy(cv2.resize(centre, (224, 224), interpolation=cv2.INTER_AREA))
+        x = (x.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+        with torch.inference_mode():
+            probabilities.append(network(x).softmax(1)[0])
+    assert probabilities[0][281:286].sum() > 0.7  # domestic cats
+    assert probabilities[1][967] > 0.9  # espresso
+
+
+def test_lite0_features(lite0):
+    x = crops(5)
+    f = lite0.embed(x, batch=2)
+    assert (lite0.name, lite0.dim, f.shape, f.dtype) == ("lite0", 1280, (5, 1280), np.float32)
+    np.testing.assert_allclose(f, lite0.embed(x, batch=5), atol=1e-4)  # batch changes nothing
+    np.testing.assert_allclose(f[3], lite0.embed(x[3:4])[0], atol=1e-4)
+    assert np.linalg.norm(f[0] - f[1]) > 1
+    assert lite0.embed(x[:0]).shape == (0, 1280)
+
+
+def test_embed_refuses_other_types(lite0):
+    with pytest.raises(ValueError, match="float64"):
+        lite0.embed(np.zeros((1, 224, 224, 3)))
+    with pytest.raises(ValueError, match=r"\(224, 224, 3\)"):
+        lite0.embed(np.zeros((224, 224, 3), np.uint8))
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_embed_segments_keeps_the_order(lite0, batch, progress):
+    rng = np.random.default_rng(1)
+    images = {k: rng.integers(0, 256, (24, 32, 3), dtype=np.uint8) for k in "ab"}
+    masks = {k: np.zeros((2, 24, 32), bool) for k in "ab"}
+    for k, x in (("a", 3), ("b", 9)):
+        masks[k][0, 4:9, x : x + 4] = True
+        masks[k][1, 10:20, x : x + 9] = True
+    table = pd.DataFrame(
+        [{"image_id": k, "label": "c", "split": "train", "height": 24, "width": 32} for k in "ab"]
+    )
+    segments = collect(table, masks)
+    seen = []
+
+    def get_image(image_id):
+        seen.append(image_id)
+        return images[image_id]
+
+    f = features.embed_segments(lite0, segments, get_image, batch=batch, progress=progress)
+    assert seen == ["a", "b"]  # each image is read once
+    direct = [features.crop(images[k], m) for k in "ab" for m in masks[k]]
+    np.testing.assert_allclose(f, lite0.embed(np.stack(direct)), atol=1e-4)
+
+
+# --- CTransPath -----------------------------------------------------------------------------------
+
+
+def test_conv_stem_returns_nhwc_and_takes_timm_arguments():
+    stem = features.ConvStem(
+        img_size=224, patch_size=4, embed_dim=96, strict_img_size=True, output_fmt="NHWC"
+    )
+    assert stem(torch.zeros(2, 3, 224, 224)).shape == (2, 56, 56, 96)
+    with pytest.raises(ValueError, match="224"):
+        stem(torch.zeros(2, 3, 96, 96))
+    with pytest.raises(ValueError, match="patch_size=4"):
+        features.ConvStem(patch_size=16)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_ctranspath_round_trip(ctranspath_file, tmp_path, suffix):
+    path, network = ctranspath_file
+    if suffix == ".safetensors":
+        weights = torch.load(path, weights_only=True)["model"]
+        path = tmp_path / "ctranspath.safetensors"
+        save_file({k: v.contiguous() for k, v in weights.items()}, path)
+    extractor = features.load_extractor("ctranspath", path=path)
+    assert extractor.dim == 768
+    for key, value in network.state_dict().items():
+        assert torch.equal(extractor.network.state_dict()[key], value), key
+    x = crops(1)
+    f = extractor.embed(x)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (extractor.mean, extractor.std))
+    with torch.inference_mode():
+        expected = network((torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - mean) / std)
+    np.testing.assert_allclose(f, expected.numpy(), atol=1e-4)
+
+
+def test_ctranspath_errors(tmp_path, ctranspath_file, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="by hand"):
+        features.load_extractor("ctranspath", path=tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="damaged"):
+        features.load_extractor("ctranspath", path=tmp_path / "text.pth")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no CTransPath checkpoint"):
+        features.load_extractor("ctranspath", path=tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="dictionary of tensors"):
+        features.load_extractor("ctranspath", path=tmp_path / "list.pth")
+
+    def offline(*args, **kwargs):
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr(features.timm, "create_model", offline)
+    with pytest.raises(ConnectionError, match="lite0"):
+        features.load_extractor("ctranspath")
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read"):
+        features.load_extractor("ctranspath", path=tmp_path / "evil.pth")
+
+
+def test_unknown_extractor_and_needless_path():
+    with pytest.raises(ValueError, match="'resnet'"):
+        features.load_extractor("resnet")
+    with pytest.raises(ValueError, match="leave the path out"):
+        features.load_extractor("lite0", path="x.pth")

@@ -1,0 +1,79 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from helpers import figures
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    figures.use_style()
+    yield
+    plt.close("all")
+
+
+def square(n=20, at=5, side=8):
+    mask = np.zeros((n, n), bool)
+    mask[at : at + side, at : at + side] = True
+    return mask
+
+
+def test_palette_gives_different_colours():
+    colours = figures.palette(40)
+    assert colours.shape == (40, 3) and colours.min() >= 0 and colours.max() <= 1
+    assert len(np.unique(colours.round(3), axis=0)) == 40
+
+
+def test_grid_has_a_place_for_each_image_and_none_for_ticks():
+    images = [np.zeros((8, 8, 3), np.uint8)] * 5
+    figure = figures.image_grid(images, titles=list("abcde"), ncols=3, rows=["x", "y"])
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(shown) == 5
+    assert [axis.get_title() for axis in shown] == list("abcde")
+    assert all(len(axis.get_xticks()) == 0 for axis in shown)
+    assert shown[3].get_ylabel() == "y"
+
+
+def test_grid_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no images"):
+        figures.image_grid([])
+
+
+def test_overlay_changes_segments_only():
+    image = np.full((20, 20, 3), 200, np.uint8)
+    mask = square()
+    out = figures.overlay(image, mask.astype(int))
+    assert out.dtype == np.uint8
+    assert (out[~mask] == 200).all() and (out[mask] != 200).any(axis=-1).all()
+    assert (image == 200).all()
+
+
+def test_overlay_of_masks_paints_small_ones_on_top():
+    image = np.zeros((20, 20, 3), np.uint8)
+    small, large = square(side=4), square(at=2, side=14)
+    out = figures.overlay(image, np.stack([small, large]), alpha=1, outline=False)
+    expected = np.rint(figures.palette(2) * 255)
+    np.testing.assert_array_equal(out[6, 6], expected[0])
+    np.testing.assert_array_equal(out[3, 3], expected[1])
+
+
+def test_overlay_of_the_wrong_size_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(20, 20\) do not lie on an image of shape"):
+        figures.overlay(np.zeros((8, 8, 3), np.uint8), square())
+
+
+def test_lines_have_names_bands_and_labels():
+    curves = {"a": ([1, 2], [1, 2]), "b": ([1, 2], [2, 1], [0.1, 0.2])}
+    axis = figures.lines(curves, xlabel="step", ylabel="loss", logy=True).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert len(axis.collections) == 1 and axis.get_yscale() == "log"
+    assert axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle()
+
+
+def test_bars_write_their_values():
+    axis = figures.bars({"g": {"a": 0.25, "b": 0.5}, "h": {"a": 1.0}}, ylabel="x").axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == ["0.25", "0.50", "1.00"]
+    axis = figures.bars({"a": 1.0, "b": 2.0}, ylabel="x", errors={"a": 0.1, "b": (0.1, 0.3)}).axes[
+        0
+    ]
+    assert [patch.get_height() for patch in axis.patches] == [1.0, 2.0]

@@ -1,0 +1,406 @@
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from pycocotools.coco import COCO
+
+from helpers import pool as pooling
+from helpers.pool import Pool, load_coco, save_coco
+
+H, W = 40, 48
+
+
+def disc(x, y, r, shape=(H, W)):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return np.hypot(columns - x, rows - y) <= r
+
+
+def records(n=6, split="train"):
+    return pd.DataFrame(
+        [
+            {
+                "image_id": f"im{i}", "label": "ab"[i % 2], "split": split, "patient": i // 2,
+                "site": "A", "dataset": "toy", "height": H, "width": W,
+            }
+            for i in range(n)
+        ]
+    )  # fmt: skip
+
+
+def masks(n=6, m=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        f"im{i}": np.stack([disc(*rng.uniform(8, 32, 2), rng.uniform(2, 6)) for _ in range(m)])
+        for i in range(n)
+    }
+
+
+@pytest.fixture
+def segments():
+    return pooling.collect(records(), masks())
+
+
+@pytest.fixture
+def raw(segments):
+    return np.random.default_rng(1).normal(size=(len(segments), 20)) * np.linspace(5, 0.1, 20)
+
+
+# --- segments -------------------------------------------------------------------------------------
+
+
+def test_collect_measures_every_segment(segments):
+    given = masks()
+    assert len(segments) == 24
+    assert tuple(segments.table.columns) == pooling.COLUMNS
+    for i, row in segments.table.iterrows():
+        mask = given[row["image_id"]][i % 4]
+        np.testing.assert_array_equal(segments.mask(i), mask)
+        ys, xs = np.nonzero(mask)
+        assert row["area"] == len(xs)
+        np.testing.assert_allclose([row["cx"], row["cy"]], [xs.mean(), ys.mean()])
+        box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+        assert [row[k] for k in "xywh"] == box
+        edge = np.ones((H, W), bool)
+        edge[1:-1, 1:-1] = False
+        assert row["border"] == (mask & edge).any()
+    np.testing.assert_array_equal(segments.masks("im3"), given["im3"])
+
+
+def test_border_cut_is_found_on_each_side():
+    shapes = np.stack(
+        [disc(x, y, 4) for x, y in ((2, 20), (W - 2, 20), (20, 2), (20, H - 2), (20, 20))]
+    )
+    table = pooling.collect(records(1), {"im0": shapes}).table
+    assert table["border"].tolist() == [True, True, True, True, False]
+
+
+def test_collect_takes_scores_superpixels_and_border_of_an_object():
+    given = SimpleNamespace(
+        masks=masks(1)["im0"], scores=np.array([0.1, 0.2, 0.3, 0.4]),
+        superpixel=np.array([7, 1, 2, 3]), border=np.array([True, False, False, True]),
+    )  # fmt: skip
+    table = pooling.collect(records(1), {"im0": given}).table
+    assert table["score"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert table["superpixel"].tolist() == [7, 1, 2, 3]
+    assert table["border"].tolist() == [True, False, False, True]
+
+
+def test_image_without_segments_is_kept():
+    given = masks(3) | {"im1": np.zeros((0, H, W), bool)}
+    segments = pooling.collect(records(3), given)
+    assert len(segments) == 8
+    assert segments.masks("im1").shape == (0, H, W)
+    with pytest.raises(KeyError, match="nobody"):
+        segments.masks("nobody")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r, m: m.update(im0=np.zeros((1, H, W), bool)), "empty"),
+        (lambda r, m: m.update(im0=np.ones((1, 5, 5), bool)), "expected"),
+        (lambda r, m: m.update(other=m["im0"]), "unknown images"),
+        (lambda r, m: r.pop("split"), "split"),
+        (lambda r, m: r.loc.__setitem__((1, "image_id"), "im0"), "twice"),
+    ],
+)
+def test_collect_errors(change, message):
+    table, given = records(), masks()
+    change(table, given)
+    with pytest.raises(ValueError, match=message):
+        pooling.collect(table, given)
+
+
+def test_coco_round_trip(tmp_path, segments):
+    path = tmp_path / "deep" / "segments.json"
+    save_coco(path, segments.images, segments, info={"chapter": "02"})
+    again = load_coco(path)
+    pd.testing.assert_frame_equal(again.images, segments.images)
+    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
+    for i in range(len(segments)):
+        np.testing.assert_array_equal(again.mask(i), segments.mask(i))
+    first = path.read_bytes()
+    save_coco(path, again.images, again, info={"chapter": "02"})
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["segments.json"]
+
+
+def test_pycocotools_reads_it(tmp_path, segments, capsys):
+    save_coco(tmp_path / "s.json", records(), masks())
+    coco = COCO(str(tmp_path / "s.json"))
+    assert sorted(c["name"] for c in coco.cats.values()) == ["a", "b"]
+    assert len(coco.anns) == 24
+    for number, annotation in enumerate(coco.anns.values()):
+        np.testing.assert_array_equal(coco.annToMask(annotation), segments.mask(number))
+        assert annotation["area"] == segments.mask(number).sum()
+    assert {len(coco.getAnnIds(imgIds=i)) for i in coco.imgs} == {4}
+
+
+def test_coco_of_other_tools(tmp_path):
+    """Polygons, uncompressed run lengths, and none of our own keys."""
+    document = {
+        "images": [{"id": 9, "file_name": "slide/a.png", "height": 10, "width": 12}],
+        "categories": [{"id": 3, "name": "gland"}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 3, "iscrowd": 0, "area": 16,
+             "segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]]},
+            {"id": 2, "image_id": 9, "category_id": 3, "iscrowd": 1, "area": 10,
+             "bbox": [0, 0, 1, 10], "segmentation": {"size": [10, 12], "counts": [0, 10, 110]}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    segments = load_coco(tmp_path / "c.json")
+    assert segments.images["image_id"].tolist() == ["a"]
+    assert segments.images["label"].tolist() == ["gland"]
+    assert segments.mask(0)[3:7, 2:6].all() and segments.table["area"].tolist() == [16, 10]
+    assert segments.table["border"].tolist() == [False, True]
+    assert segments.mask(1)[:, 0].all()
+    with pytest.raises(ValueError, match="leakage"):  # no split is no training split
+        pooling.build(segments, np.zeros((2, 3)))
+
+
+def test_load_coco_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="02_anchor_clustering"):
+        load_coco(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match="no JSON"):
+        load_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="annotations"):
+        load_coco(tmp_path / "a.json")
+
+
+def test_select(segments):
+    part = segments.select(label="a")
+    assert set(part.table["label"]) == {"a"} and set(part.images["label"]) == {"a"}
+    np.testing.assert_array_equal(part.mask(4), segments.masks("im2")[0])
+    big = segments.select(segments.table["area"].to_numpy() > 50)
+    assert len(big.images) == 6 and (big.table["area"] > 50).all()
+    with pytest.raises(KeyError, match="stage"):
+        segments.select(stage=1)
+
+
+# --- pool -----------------------------------------------------------------------------------------
+
+
+def test_pca_is_fitted_within_each_class(segments, raw):
+    pool = pooling.build(segments, raw, n_components=5)
+    assert pool.features.shape == (24, 5) and pool.features.dtype == np.float32
+    for label in "ab":
+        rows = pool.of_class(label)
+        part = raw[rows] - raw[rows].mean(0)
+        _, s, vt = np.linalg.svd(part, full_matrices=False)
+        expected = part @ vt[:5].T
+        got = pool.features[rows]
+        sign = np.sign((expected * got).sum(0))
+        np.testing.assert_allclose(got * sign, expected, atol=1e-4)
+        ratio = pool.pcas[label].explained_variance_ratio
+        np.testing.assert_allclose(ratio, (s**2 / (s**2).sum())[:5], rtol=1e-4)
+
+
+def test_all_components_keep_all_distances(segments, raw):
+    """p is clamped to min(p, n, d); with all of them the projection is a rotation."""
+    pool = pooling.build(segments, raw, n_components=128)
+    assert [pool.pcas[c].n_components for c in "ab"] == [12, 12]
+    rows = pool.of_class("b")
+    expected = np.linalg.norm(raw[rows] - raw[rows[0]], axis=1)
+    np.testing.assert_allclose(pool.distances(rows[0], rows), expected, rtol=1e-4)
+    assert pool.summary().loc["a", "explained_variance"] == pytest.approx(1)
+
+
+def test_small_classes_are_padded_with_zeros(segments, raw):
+    keep = (segments.table["label"] == "a").to_numpy(copy=True)
+    keep[[4, 5]] = True  # class b keeps two segments
+    pool = pooling.build(segments.select(keep), raw[keep], n_components=8)
+    assert pool.features.shape == (14, 8)
+    assert pool.pcas["b"].n_components == 2
+    assert (pool.features[pool.of_class("b")][:, 2:] == 0).all()
+
+
+def test_class_of_one_segment_and_of_equal_segments(segments, raw):
+    keep = np.zeros(24, bool)
+    keep[[0, 1, 4]] = True
+    pool = pooling.build(segments.select(keep), np.ones((3, 20)), n_components=3)
+    assert pool.pcas["b"].n_components == 1
+    assert np.isfinite(pool.features).all() and (pool.features == 0).all()
+    assert pool.summary()["explained_variance"].tolist() == [0, 0]
+
+
+def test_minimum_area_is_counted(segments, raw):
+    area = segments.table["area"].to_numpy()
+    limit = float(np.median(area)) / (H * W)
+    pool = pooling.build(segments, raw, min_area=limit, provenance={"extractor": "toy"})
+    assert (pool.table["area"] >= np.median(area)).all()
+    assert pool.provenance["dropped_small"] == 24 - len(pool) > 0
+    assert pool.provenance["extractor"] == "toy"
+    with pytest.raises(ValueError, match="lower min_area"):
+        pooling.build(segments, raw, min_area=0.9)
+
+
+def test_leakage_of_a_split_is_refused_by_name(segments, raw):
+    table = segments.table.copy()
+    table.loc[table["image_id"] == "im3", "split"] = "test"
+    leaking = pooling.Segments(segments.images, table, segments.rles)
+    with pytest.raises(ValueError, match=r"leakage.*'test'.*im3"):
+        pooling.build(leaking, raw)
+    train = leaking.select(split="train")
+    pool = pooling.build(train, raw[(table["split"] == "train").to_numpy()])
+    assert set(pool.table["image_id"]) == {"im0", "im1", "im2", "im4", "im5"}
+
+
+def test_leakage_of_a_patient_is_refused(segments, raw):
+    other = records(2, split="test").assign(image_id=["t0", "t1"], patient=["9", "2"])
+    with pytest.raises(ValueError, match=r"patients \['2'\]"):
+        pooling.build(segments, raw, records=pd.concat([records(), other]))
+    other = other.assign(patient=["9", "8"])
+    pooling.build(segments, raw, records=pd.concat([records(), other]))
+    unknown = other.assign(patient=[None, ""])  # unknown patients cannot be compared
+    pooling.build(segments, raw, records=pd.concat([records().assign(patient=None), unknown]))
+
+
+def test_a_tampered_pool_does_not_load(tmp_path, segments, raw):
+    pooling.build(segments, raw).save(tmp_path)
+    text = (tmp_path / "segments.json").read_text()
+    (tmp_path / "segments.json").write_text(text.replace('"split": "train"', '"split": "val"', 1))
+    with pytest.raises(ValueError, match="leakage"):
+        Pool.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        (np.zeros((3, 4)), {}, "24 segments"),
+        (np.zeros((24, 4)), {"n_components": 0}, "n_components=0"),
+        (np.full((24, 4), np.nan), {}, "not finite"),
+    ],
+)
+def test_build_errors(segments, features, options, message):
+    with pytest.raises(ValueError, match=message):
+        pooling.build(segments, features, **options)
+
+
+def test_save_and_load_without_recomputation(tmp_path, segments, raw, monkeypatch):
+    pool = pooling.build(segments, raw, n_components=5, provenance={"extractor": "toy"})
+    pool.save(tmp_path)
+    monkeypatch.setattr(pooling, "PCA", None)
+    again = Pool.load(tmp_path)
+    np.testing.assert_array_equal(again.features, pool.features)
+    assert again.provenance == pool.provenance and again.classes == pool.classes
+    pd.testing.assert_frame_equal(again.summary(), pool.summary())
+    np.testing.assert_array_equal(again.mask(7), pool.mask(7))
+    np.testing.assert_array_equal(
+        again.pcas["a"].transform(raw[again.of_class("a")]), pool.features[pool.of_class("a")]
+    )
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(files) == {"features.npz", "provenance.json", "segments.json"}
+
+
+def test_load_errors(tmp_path, segments, raw):
+    with pytest.raises(FileNotFoundError, match="03_pca_pooling"):
+        Pool.load(tmp_path)
+    pooling.build(segments, raw).save(tmp_path)
+    half = segments.select(label="a")
+    save_coco(tmp_path / "segments.json", half.images, half)
+    with pytest.raises(ValueError, match="different pools"):
+        Pool.load(tmp_path)
+
+
+def test_append_leaves_the_rest_as_it_is(segments, raw):
+    first = (segments.table["image_id"] != "im4").to_numpy()
+    pool = pooling.build(
+        segments.select(first, image_id=[f"im{i}" for i in (0, 1, 2, 3, 5)]), raw[first]
+    )
+    more = pooling.append(pool, segments.select(image_id="im4"), raw[~first])
+    np.testing.assert_array_equal(more.features[:20], pool.features)
+    np.testing.assert_allclose(
+        more.features[20:, :8], pool.pcas["a"].transform(raw[~first])[:, :8], rtol=1e-6
+    )
+    assert len(more) == 24 and more.table["segment_id"].is_unique
+    with pytest.raises(ValueError, match="already"):
+        pooling.append(more, segments.select(image_id="im4"), raw[~first])
+    other = segments.select(image_id="im4")
+    other.table["label"] = "z"
+    with pytest.raises(ValueError, match="'z'"):
+        pooling.append(pool, other, raw[~first])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_nearest_against_brute_force(segments, raw, own):
+    pool = pooling.build(segments, raw, n_components=6)
+    for i in range(len(pool)):
+        rows = [
+            j for j in range(24)
+            if j != i and pool.table["label"][j] == pool.table["label"][i]
+            and not (own and pool.table["image_id"][j] == pool.table["image_id"][i])
+        ]  # fmt: skip
+        distance = np.linalg.norm(pool.features[rows] - pool.features[i], axis=1)
+        order = np.argsort(distance)
+        got, d = pool.nearest(i, 3, exclude_own_image=own)
+        assert got.tolist() == [rows[k] for k in order[:3]]
+        np.testing.assert_allclose(d, distance[order[:3]], rtol=1e-6)
+    assert len(pool.nearest(0, 100)[0]) == 8 and len(pool.nearest(0, 0)[0]) == 0
+    with pytest.raises(KeyError, match="'z'"):
+        pool.of_class("z")
+
+
+def test_cost_is_not_quadratic():
+    """Four times the segments in well under sixteen times the time, 20 000 in a few seconds."""
+    shape = (64, 64)
+    stamp = np.stack([disc(x, y, 5, shape) for x in range(8, 60, 5) for y in range(8, 60, 5)])
+    seconds = []
+    for n in (50, 200):
+        table = pd.DataFrame(
+            [
+                {"image_id": f"i{k}", "label": "a", "split": "train", "height": 64, "width": 64}
+                for k in range(n)
+            ]
+        )
+        start = time.perf_counter()
+        segments = pooling.collect(table, {f"i{k}": stamp for k in range(n)})
+        features = np.random.default_rng(0).normal(size=(len(segments), 32)).astype(np.float32)
+        pool = pooling.build(segments, features, n_components=16)
+        pool.nearest(17, 10)
+        seconds.append(time.perf_counter() - start)
+    assert len(pool) == 200 * len(stamp) > 20_000
+    assert seconds[1] < 10 * seconds[0] and seconds[1] < 20
+
+
+def test_tidy_keeps_the_largest_part_without_holes():
+    ring = disc(20, 20, 10) & ~disc(20, 20, 5)
+    islands = disc(20, 20, 8) | disc(38, 36, 2) | disc(2, 2, 2)
+    segments = pooling.collect(records(2), {"im0": np.stack([ring, islands]), "im1": ring[None]})
+    assert segments.table["border"].tolist() == [False, True, False]
+    clean = pooling.tidy(segments)
+    np.testing.assert_array_equal(clean.mask(0), disc(20, 20, 10))
+    np.testing.assert_array_equal(clean.mask(1), disc(20, 20, 8))
+    assert clean.table["border"].tolist() == [False, False, False]
+    assert clean.table["image_id"].tolist() == ["im0", "im0", "im1"]
+    again = pooling.tidy(clean)
+    pd.testing.assert_frame_equal(again.table, clean.table)
+
+
+def test_neighbour_measures():
+    rng = np.random.default_rng(0)
+    full = rng.normal(size=(60, 10)) * np.r_[10, 10, np.full(8, 0.01)]
+    assert pooling.neighbour_recall(full, full) == 1
+    assert pooling.neighbour_recall(full, full[:, :2]) > 0.95
+    assert pooling.neighbour_recall(full, full[:, 5:]) < 0.3
+    assert pooling.neighbour_recall(full[:1], full[:1]) == 1
+    labels = np.repeat(["a", "b"], 30)
+    apart = full + (labels == "b")[:, None] * 100
+    images = [f"i{k // 3}" for k in range(60)]
+    assert pooling.neighbour_agreement(apart, labels, images) == 1
+    mixed = pooling.neighbour_agreement(full, labels, images, max_queries=20)
+    assert 0.2 < mixed < 0.8
+    assert np.isnan(pooling.neighbour_agreement(apart, labels, ["i"] * 60))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 19, 40])
+def test_map_to_plane(n):
+    features = np.random.default_rng(0).normal(size=(n, 6))
+    plane = pooling.map_to_plane(features)
+    assert plane.shape == (n, 2) and np.isfinite(plane).all()
+    np.testing.assert_array_equal(plane, pooling.map_to_plane(features))
