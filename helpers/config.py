@@ -221,6 +221,7 @@ class Synthesis(WithDevice):
 
     n_per_class: Annotated[Ints, Field(description="synthetic images a class, one set each")]
     synthesis_steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps of an image")]
+    synthesis_batch: Annotated[Positive, Field(description="images healed at once")]
 
 
 class ClassifierEvaluation(WithDevice):
@@ -244,6 +245,9 @@ class TrainingSam(WithDevice):
 class TrainingLatentDiffusion(WithDevice):
     """A2 training the latent diffusion model."""
 
+    latent_images: Annotated[
+        str | None, Field(description="folder of own images for the toy run; none: phantoms")
+    ]
     autoencoder_steps: Annotated[Positive, Field(description="autoencoder steps of the toy run")]
     unet_steps: Annotated[Positive, Field(description="UNet steps of the toy run")]
     latent_batch: Annotated[Positive, Field(description="images a step of the toy run")]

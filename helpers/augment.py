@@ -1,0 +1,384 @@
+"""Augmentation: the traditional kind, its mixing relatives, and synthesis by segment replacement.
+
+Synthesis goes in two strides. Composing (:func:`compose_all`) is cheap and sequential, since each
+draw changes the weights of the next; healing (:func:`synthesise`) is dear and independent from one
+image to the next. A run that was killed composes everything again, which takes milliseconds an
+image, and heals only what is missing: the result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from helpers.pool import Pool
+from helpers.replacement import Composite, CompositeError, Sampler, compose
+from helpers.runs import replacing
+
+__all__ = [
+    "Piece",
+    "compose_all",
+    "crop_to",
+    "cutmix",
+    "cutout",
+    "mixup",
+    "synthesise",
+    "traditional",
+]
+
+#: Heals composites: (images (n, H, W, 3) uint8, unknown (n, H, W) bool, generators) -> images.
+Heal = Callable[[np.ndarray, np.ndarray, Sequence[torch.Generator]], np.ndarray]
+
+
+# --- traditional augmentation and its relatives ---------------------------------------------------
+
+
+def traditional(image_size: int) -> v2.Transform:
+    """Flips, blur, noise, and shifts of hue, saturation and contrast, as in the paper.
+
+    Parameters
+    ----------
+    image_size : int
+        Side of the images, pixels; the blur grows with it.
+
+    Returns
+    -------
+    torchvision.transforms.v2.Transform
+        (3, H, W) uint8 tensor to (3, H, W) float32 in [0, 1].
+    """
+    _positive(image_size, "image_size")
+    sigma = max(image_size / 512, 0.1)
+    return v2.Compose([
+        v2.RandomHorizontalFlip(),
+        v2.RandomVerticalFlip(),
+        v2.ColorJitter(contrast=0.2, saturation=0.2, hue=0.04),
+        v2.RandomApply([v2.GaussianBlur(kernel_size=5, sigma=(0.1, 2 * sigma))], p=0.3),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomApply([v2.GaussianNoise(sigma=0.02)], p=0.3),
+    ])  # fmt: skip
+
+
+def cutout(share: float = 0.2, *, p: float = 1.0) -> v2.Transform:
+    """Erase one random square of an image: CutOut (DeVries and Taylor, 2017).
+
+    Parameters
+    ----------
+    share : float
+        Part of the image that is erased, in (0, 1).
+    p : float
+        Probability that an image is changed at all.
+
+    Returns
+    -------
+    torchvision.transforms.v2.Transform
+        For (3, H, W) tensors.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}: the erased part of an image lies in (0, 1)")
+    return v2.RandomErasing(p=p, scale=(share, share), ratio=(1.0, 1.0), value=0)
+
+
+def mixup(n_classes: int, *, alpha: float = 0.4) -> v2.Transform:
+    """Blend pairs of a batch and their labels: MixUp (Zhang et al., 2018).
+
+    Parameters
+    ----------
+    n_classes : int
+    alpha : float
+        Parameter of the Beta distribution of the blending weight.
+
+    Returns
+    -------
+    torchvision.transforms.v2.Transform
+        (images (n, 3, H, W) float, labels (n,) int64) to (images, soft labels (n, n_classes)).
+    """
+    _positive(n_classes, "n_classes")
+    return v2.MixUp(alpha=alpha, num_classes=n_classes)
+
+
+def cutmix(n_classes: int, *, alpha: float = 1.0) -> v2.Transform:
+    """Exchange a rectangle between pairs of a batch: CutMix (Yun et al., 2019).
+
+    Parameters and result are those of :func:`mixup`.
+    """
+    _positive(n_classes, "n_classes")
+    return v2.CutMix(alpha=alpha, num_classes=n_classes)
+
+
+# --- composing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One synthetic image to be made, or the record that it could not be.
+
+    Attributes
+    ----------
+    synthetic_id : str
+    label : str
+        Class of the target image and of all its sources.
+    order : int
+        Place within the class, from 0: the first n are the set of n images a class.
+    composite : Composite or None
+        None if no target of the class met the conditions.
+    skipped : tuple of dict
+        Targets that were tried before, each with image_id and reason.
+    """
+
+    synthetic_id: str
+    label: str
+    order: int
+    composite: Composite | None
+    skipped: tuple[dict[str, str], ...]
+
+
+def compose_all(
+    pool: Pool,
+    sampler: Sampler,
+    get_image: Callable[[str], np.ndarray],
+    *,
+    n_per_class: int,
+    rng_of: Callable[[str, int], np.random.Generator],
+    labels: Sequence[str] | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
+    """Compose the images of every class, one after the other.
+
+    Targets are all images of the class, in a new random order for each image; the first one that
+    meets the conditions is taken.
+
+    Parameters
+    ----------
+    pool : Pool
+    sampler : Sampler
+        Its weights go on over the whole run. Classes do not share segments, so the first n images
+        of a class are the same however many follow.
+    get_image : callable
+        image_id to (H, W, 3) uint8 ndarray.
+    n_per_class : int
+        Images of each class.
+    rng_of : callable
+        (label, order) to the random generator of that image.
+    labels : sequence of str, optional
+        Classes, by default all of the pool.
+    **options
+        Arguments of :func:`helpers.replacement.compose`.
+
+    Yields
+    ------
+    Piece
+        Class by class, `n_per_class` of each.
+
+    Raises
+    ------
+    ValueError
+        If `n_per_class` is below 1 or a class has no segment in the pool.
+    """
+    _positive(n_per_class, "n_per_class")
+    labels = list(pool.classes if labels is None else labels)
+    ids = {label: _images_of(pool, label) for label in labels}
+    stains: dict[tuple[str, str], Any] = {}
+    for label in labels:
+        for order in range(n_per_class):
+            rng = rng_of(label, order)
+            composite, skipped = None, []
+            for image_id in rng.permutation(ids[label]):
+                try:
+                    composite = compose(
+                        get_image(image_id), str(image_id), pool, sampler, get_image,
+                        rng=rng, stains=stains, **options,
+                    )  # fmt: skip
+                    break
+                except CompositeError as error:
+                    skipped.append({"image_id": str(image_id), "reason": str(error)})
+            name = f"{_slug(label)}-{order:04d}"
+            yield Piece(name, label, order, composite, tuple(skipped))
+
+
+# --- healing --------------------------------------------------------------------------------------
+
+
+def synthesise(
+    pieces: Iterable[Piece],
+    heal: Heal,
+    folder: str | Path,
+    *,
+    generator_of: Callable[[str, int], torch.Generator],
+    provenance: Mapping[str, Any],
+    batch: int = 8,
+    total: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Heal composites in batches across images and write them, each with its provenance.
+
+    Below `folder`, ``images/<id>.png`` is the healed image, ``pasted/<id>.png`` the composite
+    before healing, ``regions/<id>.png`` its regions (0 kept, 1 pasted, 2 unknown) and
+    ``provenance/<id>.json`` the record, written last: an image without a record is made again.
+
+    Parameters
+    ----------
+    pieces : iterable of Piece
+        From :func:`compose_all`; those without a composite are passed over.
+    heal : callable
+        (images, unknown, generators) to healed images, e.g. :func:`helpers.diffusion.inpaint`.
+    folder : str or Path
+        Where the images go. Finished ones of the same recipe are kept.
+    generator_of : callable
+        (label, order) to the torch generator of that image.
+    provenance : mapping
+        What made the images: method, parameters, seed, hashes of the weights. Part of every record;
+        an image made by another recipe is made again.
+    batch : int
+        Images healed at once. Batches are fixed by the order of the pieces, so that a resumed run
+        gives the same bits.
+    total : int, optional
+        Number of pieces, for the progress bar.
+    progress : bool
+
+    Returns
+    -------
+    list of dict
+        The records, in the order of the pieces.
+
+    Raises
+    ------
+    ValueError
+        If `batch` is below 1.
+    """
+    _positive(batch, "batch")
+    folder, records = Path(folder), []
+    recipe = _digest(provenance)
+    made = iter(piece for piece in pieces if piece.composite is not None)
+    with tqdm(total=total, desc="healing", unit="image", disable=not progress) as bar:
+        while part := list(islice(made, batch)):
+            found = [_finished(folder, piece, recipe) for piece in part]
+            if not all(found):
+                healed = heal(
+                    np.stack([piece.composite.image for piece in part]),
+                    np.stack([piece.composite.unknown for piece in part]),
+                    [generator_of(piece.label, piece.order) for piece in part],
+                )
+                for i, piece in enumerate(part):
+                    if found[i] is None:
+                        found[i] = _write(folder, piece, healed[i], provenance, recipe)
+            records += found
+            bar.update(len(part))
+    return records
+
+
+def crop_to(image: np.ndarray, mask: np.ndarray, size: int = 64) -> np.ndarray:
+    """Square crop centred on a mask, at full resolution, kept inside the image.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    mask : (H, W) bool ndarray
+        Not empty.
+    size : int
+        Side of the crop, cut to the image's where that is smaller.
+
+    Returns
+    -------
+    (h, w, 3) uint8 ndarray
+        h, w = min(size, H), min(size, W).
+
+    Raises
+    ------
+    ValueError
+        If the mask is empty or does not fit the image.
+    """
+    if mask.shape != image.shape[:2] or not mask.any():
+        raise ValueError(
+            f"mask of shape {mask.shape} with {int(mask.sum())} pixels: give a mask that is not "
+            f"empty, of the image's shape {image.shape[:2]}"
+        )
+    starts = []
+    for axis, length in enumerate(image.shape[:2]):
+        centre = np.flatnonzero(mask.any(1 - axis)).mean()
+        starts.append(int(np.clip(round(centre - size / 2), 0, max(length - size, 0))))
+    y, x = starts
+    return image[y : y + size, x : x + size]
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def _finished(folder: Path, piece: Piece, recipe: str) -> dict[str, Any] | None:
+    """Record of a finished image of the same recipe and composite, or None."""
+    paths = [folder / kind / f"{piece.synthetic_id}.png" for kind in ("images", "pasted")]
+    record = folder / "provenance" / f"{piece.synthetic_id}.json"
+    if not record.exists() or not all(path.exists() for path in paths):
+        return None
+    value = json.loads(record.read_text(encoding="utf-8"))
+    same = value["recipe"] == recipe and value["composite"] == _composite_digest(piece.composite)
+    return value if same else None
+
+
+def _write(
+    folder: Path, piece: Piece, healed: np.ndarray, provenance: Mapping[str, Any], recipe: str
+) -> dict[str, Any]:
+    composite = piece.composite
+    regions = np.where(composite.unknown, 2, np.where(composite.pasted, 1, 0)).astype(np.uint8)
+    for kind, picture in (("pasted", composite.image), ("regions", regions), ("images", healed)):
+        path = folder / kind / f"{piece.synthetic_id}.png"
+        with replacing(path) as tmp:
+            Image.fromarray(picture).save(tmp)
+    record = {
+        "synthetic_id": piece.synthetic_id,
+        "label": piece.label,
+        "order": piece.order,
+        "target": composite.image_id,
+        "sources": [done["source_image"] for done in composite.replacements],
+        "replacements": composite.replacements,
+        "new_area_ratio": float(composite.new_area_ratio),
+        "pasted_share": float(composite.pasted.mean()),
+        "unknown_share": float(composite.unknown.mean()),
+        "skipped": list(piece.skipped),
+        "composite": _composite_digest(composite),
+        "recipe": recipe,
+        "made_by": dict(provenance),
+    }
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    with replacing(folder / "provenance" / f"{piece.synthetic_id}.json") as tmp:
+        tmp.write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _composite_digest(composite: Composite) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(composite.image).tobytes())
+    digest.update(np.packbits(composite.unknown).tobytes())
+    return digest.hexdigest()
+
+
+def _images_of(pool: Pool, label: str) -> list[str]:
+    ids = list(dict.fromkeys(pool.table.loc[pool.table["label"] == label, "image_id"]))
+    if not ids:
+        raise ValueError(
+            f"class {label!r} has no segment in the pool, which has {list(pool.classes)}: "
+            "leave the class out, or segment images of it"
+        )
+    return ids
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in label)
+
+
+def _positive(value: int, name: str) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}: at least 1 is needed")
