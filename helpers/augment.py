@@ -223,7 +223,7 @@ def synthesise(
     """Heal composites in batches across images and write them, each with its provenance.
 
     Below `folder`, ``images/<id>.png`` is the healed image, ``pasted/<id>.png`` the composite
-    before healing, ``regions/<id>.png`` its regions (0 kept, 1 pasted, 2 unknown) and
+    before healing, ``regions/<id>.png`` its regions (1 where pasted, plus 2 where unknown) and
     ``provenance/<id>.json`` the record, written last: an image without a record is made again.
 
     Parameters
@@ -329,7 +329,7 @@ def _write(
     folder: Path, piece: Piece, healed: np.ndarray, provenance: Mapping[str, Any], recipe: str
 ) -> dict[str, Any]:
     composite = piece.composite
-    regions = np.where(composite.unknown, 2, np.where(composite.pasted, 1, 0)).astype(np.uint8)
+    regions = composite.pasted + 2 * composite.unknown.astype(np.uint8)
     for kind, picture in (("pasted", composite.image), ("regions", regions), ("images", healed)):
         path = folder / kind / f"{piece.synthetic_id}.png"
         with replacing(path) as tmp:

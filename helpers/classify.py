@@ -10,6 +10,7 @@ one generator.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -283,7 +284,7 @@ def cosine_rate(epoch: float, *, high: float, low: float, restart: int = RESTART
         low + (high - low) (1 + cos(pi T / T_0)) / 2, T = epoch mod T_0 (Loshchilov and Hutter,
         "SGDR", 2017, Eq. 5).
     """
-    return low + (high - low) * (1 + np.cos(np.pi * (epoch % restart) / restart)) / 2
+    return low + (high - low) * (1 + math.cos(math.pi * (epoch % restart) / restart)) / 2
 
 
 def fit(
@@ -510,7 +511,7 @@ def _epoch(classifier, optimiser, batches: _Batches, steps: range, rate, bar) ->
             group["lr"] = rate(step)
         x, y = batches(step)
         loss = functional.cross_entropy(classifier(x), y)
-        value = float(loss)
+        value = loss.item()
         if not np.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} in step {step + 1} (learning rate "

@@ -228,11 +228,31 @@ class ClassifierEvaluation(WithDevice):
     """07 classifier evaluation."""
 
     classifiers: Annotated[Names, Field(description="networks compared")]
+    conditions: Annotated[
+        tuple[Literal["real", "cutout", "mixup", "cutmix", "pasted", "ours"], ...],
+        BeforeValidator(_as_tuple),
+        Field(min_length=1, description="training sets compared, real first"),
+    ]
+    metric: Annotated[
+        Literal["accuracy", "macro_f1", "kappa"], Field(description="score that is tested")
+    ]
     epochs: Annotated[Positive, Field(description="epochs of each training")]
-    batch_size: Annotated[Positive, Field(description="images a step")]
+    steps_per_epoch: Annotated[
+        Positive | None, Field(description="steps an epoch; None: as the real images need")
+    ]
+    batch_size: Annotated[int, Field(ge=2, description="images a step")]
     classifier_image_size: Annotated[int, Field(ge=32, le=2048, description="input side, pixels")]
     n_seeds: Annotated[Positive, Field(description="trainings a cell of the table")]
     n_bootstrap: Annotated[Positive, Field(description="bootstrap resamples by patient")]
+
+    @model_validator(mode="after")
+    def _real_comes_first(self) -> ClassifierEvaluation:
+        if self.conditions[0] != "real" or len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(
+                f"conditions={list(self.conditions)}: give 'real' first, the baseline of all "
+                "others, and each condition once"
+            )
+        return self
 
 
 class TrainingSam(WithDevice):

@@ -2,12 +2,13 @@
 
 Forward, an image latent z is drowned in noise (Eq. 2 of the paper); backward, the score turns noise
 into tissue (Eq. 3); the score is learned by denoising (Eq. 4). Inpainting runs backward while the
-known part of the picture is imposed at every step: ``projection`` replaces the known latents, ``mcg``
-also corrects the unknown ones by a gradient (Chung et al. 2022), ``repaint`` travels back and forth in
-time (Lugmayr et al. 2022).
+known part of the picture is imposed at every step: ``projection`` replaces the known latents,
+``mcg`` also corrects the unknown ones by a gradient (Chung et al. 2022), ``repaint`` travels back
+and forth in time (Lugmayr et al. 2022).
 
-Notation: a_t is the cumulative product of 1 - beta ("alpha bar"), z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps;
-s is the next lower time of the subsequence that is visited, and s = -1 stands for a = 1: no noise.
+Notation: a_t is the cumulative product of 1 - beta ("alpha bar"),
+z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps; s is the next lower time of the subsequence that is
+visited, and s = -1 stands for a = 1: no noise.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ class VPSDE:
         beta = self.beta(t)
         return -0.5 * _like(beta, x) * x, beta.sqrt()
 
-    def marginal_prob(
-        self, x: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def marginal_prob(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of p(z_t | z_0 = x).
 
         Returns
@@ -224,9 +223,9 @@ def dsm_loss(
 ) -> torch.Tensor:
     """Denoising score matching (Eq. 4), one value a sample.
 
-    With score = -eps / sqrt(1 - a_t) the loss of Eq. 4, weighted by 1 - a_t, is the squared error of
-    the noise. For ``v_prediction``, v = sqrt(a) eps - sqrt(1 - a) z_0, the weight is (1 - a_t) / a_t:
-    high noise counts more.
+    With score = -eps / sqrt(1 - a_t) the loss of Eq. 4, weighted by 1 - a_t, is the squared error
+    of the noise. For ``v_prediction``, v = sqrt(a) eps - sqrt(1 - a) z_0, the weight is
+    (1 - a_t) / a_t: high noise counts more.
 
     Parameters
     ----------
@@ -329,7 +328,7 @@ def ddim_step(
 
 
 def spawn(generator: torch.Generator | int | None, n: int) -> list[torch.Generator]:
-    """n independent CPU generators from one, so that each image has its own noise."""
+    """N independent CPU generators from one, so that each image has its own noise."""
     if not isinstance(generator, torch.Generator):
         generator = torch.Generator().manual_seed(0 if generator is None else int(generator))
     seeds = torch.randint(2**62, (n,), generator=generator)
@@ -491,8 +490,8 @@ def _predict(
 def fill_unknown(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """Replace unknown pixels by the nearest known one, so that the encoder sees no artefact.
 
-    The latents of known cells depend on pixels around them; what the hole happens to hold (black, noise,
-    the removed segment) would leak into them.
+    The latents of known cells depend on pixels around them; what the hole happens to hold (black,
+    noise, the removed segment) would leak into them.
 
     Parameters
     ----------
@@ -647,7 +646,12 @@ def _inpaint_batch(
     with torch.no_grad():
         z_y = model.encode(to_tensor(pasted, device=model.device))
         z = inpaint_latents(
-            model.eps, z_y, m.to(model.device), model.alphas_cumprod, generators=generators, **options
+            model.eps,
+            z_y,
+            m.to(model.device),
+            model.alphas_cumprod,
+            generators=generators,
+            **options,
         )
         decoded = to_uint8(model.decode(z))[:, :H, :W]
     # Composite in uint8: pixels that were known stay bit-identical.
@@ -655,7 +659,12 @@ def _inpaint_batch(
 
 
 def noise_strip(
-    model: LatentDiffusion, image: np.ndarray, unknown: np.ndarray, *, n_shown: int = 6, **options: Any
+    model: LatentDiffusion,
+    image: np.ndarray,
+    unknown: np.ndarray,
+    *,
+    n_shown: int = 6,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Pictures of the way from noise to image.
 
@@ -679,8 +688,11 @@ def noise_strip(
         t of each.
     """
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    inpaint(model, image[None], unknown[None],
-            callback=lambda t, z, z0: seen.append((t, z.clone(), z0.clone())), **options)  # fmt: skip
+
+    def keep(t: int, z: torch.Tensor, z0: torch.Tensor) -> None:
+        seen.append((t, z.clone(), z0.clone()))
+
+    inpaint(model, image[None], unknown[None], callback=keep, **options)
     pick = np.unique(np.linspace(0, len(seen) - 1, n_shown).round().astype(int))
     H, W = image.shape[:2]
     with torch.no_grad():
@@ -722,9 +734,7 @@ class GaussianPrior:
         a = float(self.alphas_cumprod[t])
         return (-math.sqrt(1 - a) * self.score(z, a)).to(z.dtype)
 
-    def posterior(
-        self, known: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def posterior(self, known: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the unknown coordinates given the known ones.
 
         Parameters

@@ -25,7 +25,9 @@ __all__ = [
     "WIDTH",
     "bars",
     "candidates",
+    "confusions",
     "embedding",
+    "forest",
     "histograms",
     "identity_clusters",
     "image_grid",
@@ -33,7 +35,9 @@ __all__ = [
     "mark",
     "overlay",
     "palette",
+    "posterior_errors",
     "principal_axes",
+    "sde_paths",
     "stain_ramps",
     "training_curves",
     "use_style",
@@ -710,4 +714,158 @@ def training_curves(
         axis.set(xlabel="step", ylabel=ylabel)
         if len(keys) > 1:
             axis.legend()
+    return figure
+
+
+def sde_paths(
+    times: np.ndarray,
+    forward: np.ndarray,
+    backward: np.ndarray,
+    *,
+    n_shown: int = 30,
+    height: float = 3.2,
+) -> Figure:
+    """Paths of a one-dimensional SDE into noise and back, with the histogram of their ends.
+
+    Parameters
+    ----------
+    times : (n + 1,) ndarray
+        Times of the points, 0 to 1.
+    forward, backward : (n + 1, m) ndarray
+        Paths, one column each; both arrays are ordered by time, so that ``backward[0]`` is where
+        the way back ends.
+    n_shown : int
+        Paths drawn.
+    height : float
+        Height of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = _subplots(1, 4, figsize=(WIDTH, height), sharey=True, width_ratios=(1, 4, 4, 1))
+    for axis, paths, title in (
+        (axes[1], forward, "forward: tissue to noise"),
+        (axes[2], backward, "backward: noise to tissue"),
+    ):
+        axis.plot(times, paths[:, :n_shown], color=PALETTE[0], lw=0.6, alpha=0.55)
+        axis.set(title=title, xlabel="time $t$")
+    axes[2].invert_xaxis()
+    edges = np.linspace(-3.5, 3.5, 57)
+    for axis, values, title in ((axes[0], forward[0], "start"), (axes[3], backward[0], "end")):
+        axis.hist(values, edges, orientation="horizontal", color=PALETTE[1], density=True)
+        axis.set(title=title, xticks=[])
+        axis.grid(False)
+    axes[0].set(ylabel="$z$", ylim=(-3.5, 3.5))
+    return figure
+
+
+def posterior_errors(
+    alphas: Sequence[float],
+    mcg: np.ndarray,
+    others: Mapping[str, np.ndarray],
+    *,
+    height: float = 3.0,
+) -> Figure:
+    """Error of mean and covariance of samples against an exact posterior, by gradient weight.
+
+    Parameters
+    ----------
+    alphas : (k,) sequence of float
+        Weights of the gradient.
+    mcg : (k, p, 2) ndarray
+        Error of mean and of covariance for each weight and each of p priors.
+    others : mapping of str to (p, 2) ndarray
+        The same for methods without a weight, drawn as horizontal lines.
+    height : float
+        Height of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = _subplots(1, 2, figsize=(WIDTH, height))
+    for axis, j, title in (
+        (axes[0], 0, "error of the mean"),
+        (axes[1], 1, "error of the covariance"),
+    ):
+        mean, error = mcg[..., j].mean(1), mcg[..., j].std(1) / np.sqrt(mcg.shape[1])
+        axis.plot(alphas, mean, marker="o", markersize=5, label="mcg", color=PALETTE[0])
+        axis.fill_between(alphas, mean - error, mean + error, color=PALETTE[0], alpha=0.18, lw=0)
+        for index, (name, values) in enumerate(others.items()):
+            dash = ("--", "-.", ":")[index % 3]
+            axis.axhline(values[:, j].mean(), color=PALETTE[index + 1], ls=dash, label=name)
+        axis.set(title=title, xlabel="gradient weight $\\alpha$")
+        axis.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def forest(
+    estimates: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    width: float = WIDTH,
+) -> Figure:
+    """Draw differences with their intervals, one row each, around a line at zero.
+
+    Parameters
+    ----------
+    estimates : mapping of str to (difference, low, high)
+        Rows from top to bottom.
+    xlabel : str
+        Label of the axis.
+    width : float
+        Width in inches.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axis = _subplots(figsize=(width, 0.9 + 0.3 * max(1, len(estimates))))
+    axis.axvline(0, color="0.4", lw=1)
+    for y, (difference, low, high) in enumerate(estimates.values()):
+        clear = low > 0 or high < 0
+        axis.plot([low, high], [y, y], color=PALETTE[0], lw=2, alpha=1.0 if clear else 0.6)
+        axis.plot(difference, y, "o", color=PALETTE[0], mfc=PALETTE[0] if clear else "white")
+    axis.set_yticks(range(len(estimates)), list(estimates))
+    axis.set(xlabel=xlabel, ylim=(max(1, len(estimates)) - 0.5, -0.5))
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def confusions(
+    matrices: Mapping[str, np.ndarray], classes: Sequence[str], *, width: float = WIDTH
+) -> Figure:
+    """Draw confusion matrices side by side, shaded by the share of their row.
+
+    Parameters
+    ----------
+    matrices : mapping of str to (C, C) ndarray
+        Counts, rows true classes.
+    classes : sequence of str
+        Names of the C classes.
+    width : float
+        Width in inches.
+
+    Returns
+    -------
+    Figure
+    """
+    ncols = min(2, len(matrices))
+    nrows = -(-len(matrices) // ncols)
+    figure, axes = _subplots(nrows, ncols, figsize=(width, nrows * width / 2.1), squeeze=False)
+    for axis in axes.flat[len(matrices) :]:
+        axis.remove()
+    for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=False):
+        matrix = np.asarray(matrix)
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(matrix):
+            colour = "white" if share[row, column] > 0.55 else "0.15"
+            axis.text(column, row, f"{count:g}", ha="center", va="center", color=colour)
+        axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
+        axis.set(title=title, xlabel="predicted", ylabel="true")
+        axis.grid(False)
     return figure

@@ -35,6 +35,8 @@ __all__ = [
     "save_weights",
     "to_tensor",
     "to_uint8",
+    "unet_from_compvis",
+    "vq_from_compvis",
 ]
 
 _WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
@@ -202,7 +204,7 @@ class LatentDiffusion(nn.Module):
         return torch.autocast(self.device.type, self.autocast)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """z = E(x), without sampling.
+        """Z = E(x), without sampling.
 
         Parameters
         ----------
@@ -226,7 +228,7 @@ class LatentDiffusion(nn.Module):
         return (z.float() - self.shift) * self.scale
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """x = D(z).
+        """X = D(z).
 
         Parameters
         ----------
@@ -316,7 +318,7 @@ def build_unet(
     channels: Sequence[int] = (96, 128, 160), *, layers: int = 1, latent_channels: int = 4,
     latent_patch: int = 2, attention_head_dim: int = 32, groups: int = 16,
 ) -> nn.Module:  # fmt: skip
-    """``diffusers.UNet2DModel`` on latents folded into channels, attention at the coarsest level."""
+    """``diffusers.UNet2DModel`` on folded latents, with attention at the coarsest level."""
     from diffusers import UNet2DModel
 
     n, c = len(channels), latent_channels * latent_patch**2
@@ -357,7 +359,7 @@ def save_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
     temporary = path.with_name(f".{path.stem}.tmp")
-    save_file(tensors, str(temporary), metadata={"kind": kind, "config": json.dumps(config)})
+    save_file(tensors, str(temporary), metadata={"config": json.dumps({"kind": kind, **config})})
     temporary.replace(path)
 
 
@@ -373,15 +375,17 @@ def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("kind") != kind:
+            config = json.loads(metadata.get("config", "{}"))
+            config.setdefault("kind", metadata.get("kind"))
+            if config["kind"] != kind:
                 raise ValueError(
-                    f"{path.name} holds {metadata.get('kind', 'unknown')!r} weights, not {kind!r}: "
-                    "give the file that helpers.train_latent wrote"
+                    f"{path.name} holds no {kind!r} weights (kind: {config['kind']!r}): give the "
+                    "file that helpers.train_latent wrote"
                 )
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            state = {key: file.get_tensor(key).float() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path.name} is no safetensors file ({error})") from None
-    return state, json.loads(metadata["config"])
+    return state, config
 
 
 def load_autoencoder(path: str | Path = AUTOENCODER_WEIGHTS, **options: Any) -> LatentDiffusion:
@@ -448,5 +452,326 @@ def load_latent_diffusion(
         options = {**config["model"], "unet": unet, "autocast": autocast}
         model = load_autoencoder(path / "autoencoder.safetensors", **options)
     else:
-        raise ValueError(f"{path.name}: only folders so far")
+        model = _from_compvis(path, autocast)
     return model.to(device)
+
+
+# --- checkpoints of the CompVis latent diffusion repository ---------------------------------------
+
+
+def _from_compvis(path: Path, autocast: torch.dtype | None) -> LatentDiffusion:
+    """VQ first stage and unconditional UNet of one checkpoint, settings of LSUN beds 256."""
+    state = _compvis_state(path)
+    first = _part(state, ("first_stage_model.",))
+    network = _averaged(state) or _part(state, ("model.diffusion_model.",))
+    if not first or not network:
+        missing = "first_stage_model" if not first else "model.diffusion_model"
+        raise ValueError(
+            f"{path.name} has no {missing!r} weights (it has {_some(state)}): give a whole latent "
+            "diffusion checkpoint, e.g. lsun_beds256"
+        )
+    if any(".attn2." in key for key in network):
+        raise ValueError(
+            f"{path.name} is conditioned on text or classes (cross-attention 'attn2'): this book "
+            "uses unconditional checkpoints, e.g. lsun_beds256"
+        )
+    if "quantize.embedding.weight" not in first:
+        raise ValueError(
+            f"{path.name} has no VQ first stage (no 'quantize.embedding.weight'): KL first stages "
+            "of CompVis are not supported, give e.g. lsun_beds256"
+        )
+    return LatentDiffusion(
+        vq_from_compvis(first, name=path.name),
+        unet_from_compvis(network, name=path.name),
+        autocast=autocast,
+    )
+
+
+def _compvis_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # many kinds, from zip errors to refused pickles
+        raise ValueError(
+            f"{path.name} cannot be read as plain weights ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}): give a checkpoint of tensors only; one that holds "
+            "other objects can be saved again with torch.save({'state_dict': ...})"
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not state or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{path.name} holds no state dictionary: give a CompVis checkpoint")
+    return {k: v.float() for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+def _some(state: Mapping[str, Any]) -> str:
+    heads = sorted({key.split(".")[0] for key in state})
+    return ", ".join(heads[:5]) or "nothing"
+
+
+def _part(state: Mapping[str, torch.Tensor], prefixes: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {k[len(p) :]: v for p in prefixes for k, v in state.items() if k.startswith(p)}
+
+
+def _averaged(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Averaged weights of the UNet; CompVis keeps them under names without dots."""
+    found = {}
+    for key in _part(state, ("model.diffusion_model.",)):
+        flat = "model_ema." + f"diffusion_model.{key}".replace(".", "")
+        if flat not in state:
+            return {}
+        found[key] = state[flat]
+    return found
+
+
+class _Renamer:
+    """Moves tensors from a CompVis state dictionary to diffusers' names, each exactly once."""
+
+    def __init__(self, source: Mapping[str, torch.Tensor], name: str) -> None:
+        self.source, self.name = dict(source), name
+        self.target: dict[str, torch.Tensor] = {}
+
+    def has(self, key: str) -> bool:
+        return f"{key}.weight" in self.source
+
+    def move(self, old: str, new: str, *, linear: bool = False) -> None:
+        """Weight and bias of a layer; `linear` drops the extent of a 1 x 1 convolution."""
+        for kind in ("weight", "bias"):
+            tensor = self.take(f"{old}.{kind}")
+            self.target[f"{new}.{kind}"] = (
+                tensor.flatten(1) if linear and kind == "weight" else tensor
+            )
+
+    def take(self, key: str) -> torch.Tensor:
+        try:
+            return self.source.pop(key)
+        except KeyError:
+            raise ValueError(
+                f"{self.name} lacks {key!r}, which a CompVis checkpoint of this kind has: it is of "
+                "another architecture, or cut off"
+            ) from None
+
+    def load(self, module: nn.Module) -> nn.Module:
+        """Put everything into `module`; nothing may be missing or left over."""
+        if self.source:
+            raise ValueError(
+                f"{self.name} has {len(self.source)} tensors that fit nowhere, e.g. "
+                f"{sorted(self.source)[:3]}: it is of another architecture"
+            )
+        missing, unexpected = module.load_state_dict(self.target, strict=False)
+        if missing or unexpected:
+            raise ValueError(
+                f"{self.name} does not fill {type(module).__name__}: missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}"
+            )
+        return module.eval()
+
+
+def unet_from_compvis(
+    state: Mapping[str, torch.Tensor], *, head_channels: int = 32, name: str = "checkpoint"
+) -> nn.Module:
+    """Turn the weights of a CompVis ``UNetModel`` into a ``diffusers.UNet2DModel``.
+
+    Widths, depth and places of attention are read from the shapes.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Keys as in ``model.diffusion_model``, without that prefix.
+    head_channels : int
+        Channels of an attention head (``num_head_channels``); cannot be read from shapes.
+    name : str
+        Used in messages.
+
+    Returns
+    -------
+    diffusers.UNet2DModel
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing, left over or of the wrong shape.
+    """
+    from diffusers import UNet2DModel
+
+    r = _Renamer(state, name)
+    levels = _unet_levels(r)
+    layers = {len(blocks) for blocks, _ in levels}
+    if len(layers) != 1 or any(len(set(att)) != 1 for _, att in levels):
+        raise ValueError(f"{name}: the levels of its UNet differ in depth, which is not supported")
+    widths = [int(state[f"{blocks[-1]}.0.out_layers.3.weight"].shape[0]) for blocks, _ in levels]
+    attention = [att[0] for _, att in levels]
+    unet = UNet2DModel(
+        in_channels=int(state["input_blocks.0.0.weight"].shape[1]),
+        out_channels=int(state["out.2.weight"].shape[0]),
+        block_out_channels=tuple(widths),
+        layers_per_block=layers.pop(),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
+        attention_head_dim=head_channels,
+        norm_num_groups=32,
+        norm_eps=1e-5,
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    )
+    r.move("time_embed.0", "time_embedding.linear_1")
+    r.move("time_embed.2", "time_embedding.linear_2")
+    r.move("input_blocks.0.0", "conv_in")
+    r.move("out.0", "conv_norm_out")
+    r.move("out.2", "conv_out")
+    for level, (blocks, att) in enumerate(levels):
+        for j, block in enumerate(blocks):
+            _unet_block(r, block, f"down_blocks.{level}", j, att[j], head_channels)
+        after = f"input_blocks.{int(blocks[-1].split('.')[1]) + 1}.0.op"
+        if level < len(levels) - 1:
+            r.move(after, f"down_blocks.{level}.downsamplers.0.conv")
+    _resnet(r, "middle_block.0", "mid_block.resnets.0")
+    _attention(r, "middle_block.1", "mid_block.attentions.0", head_channels)
+    _resnet(r, "middle_block.2", "mid_block.resnets.1")
+    k = 0
+    for up, level in enumerate(reversed(range(len(levels)))):
+        for j in range(len(levels[level][0]) + 1):
+            _unet_block(
+                r, f"output_blocks.{k}", f"up_blocks.{up}", j, attention[level], head_channels
+            )
+            k += 1
+        if level:
+            place = 2 if attention[level] else 1
+            r.move(f"output_blocks.{k - 1}.{place}.conv", f"up_blocks.{up}.upsamplers.0.conv")
+    return r.load(unet)
+
+
+def _unet_levels(r: _Renamer) -> list[tuple[list[str], list[bool]]]:
+    """Residual blocks of each resolution, and whether attention follows them."""
+    levels: list[tuple[list[str], list[bool]]] = [([], [])]
+    k = 1
+    while True:
+        block = f"input_blocks.{k}"
+        if r.has(f"{block}.0.op"):
+            levels.append(([], []))
+        elif r.has(f"{block}.0.in_layers.0"):
+            levels[-1][0].append(block)
+            levels[-1][1].append(r.has(f"{block}.1.qkv"))
+        else:
+            break
+        k += 1
+    if not levels[0][0]:
+        raise ValueError(f"{r.name} holds no UNet of CompVis (no 'input_blocks.1.0.in_layers.0')")
+    return levels
+
+
+def _unet_block(
+    r: _Renamer, old: str, new: str, j: int, attention: bool, head_channels: int
+) -> None:
+    _resnet(r, f"{old}.0", f"{new}.resnets.{j}")
+    if attention:
+        _attention(r, f"{old}.1", f"{new}.attentions.{j}", head_channels)
+
+
+def _resnet(r: _Renamer, old: str, new: str) -> None:
+    """Residual block of the UNet."""
+    pairs = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+             "out_layers.0": "norm2", "out_layers.3": "conv2"}  # fmt: skip
+    for a, b in pairs.items():
+        r.move(f"{old}.{a}", f"{new}.{b}")
+    if r.has(f"{old}.skip_connection"):
+        r.move(f"{old}.skip_connection", f"{new}.conv_shortcut")
+
+
+def _attention(r: _Renamer, old: str, new: str, head_channels: int) -> None:
+    """Attention of the UNet: one tensor holds, head by head, query, key and value."""
+    r.move(f"{old}.norm", f"{new}.group_norm")
+    r.move(f"{old}.proj_out", f"{new}.to_out.0", linear=True)
+    for kind in ("weight", "bias"):
+        qkv = r.take(f"{old}.qkv.{kind}").squeeze(-1)
+        channels = len(qkv) // 3
+        if channels % head_channels:
+            raise ValueError(
+                f"{r.name}: {channels} channels of {old} are no multiple of head_channels="
+                f"{head_channels}"
+            )
+        heads = qkv.reshape(channels // head_channels, 3, head_channels, *qkv.shape[1:])
+        for i, part in enumerate(("to_q", "to_k", "to_v")):
+            tensor = heads[:, i].reshape(channels, *qkv.shape[1:])
+            r.target[f"{new}.{part}.{kind}"] = tensor.contiguous()
+
+
+def vq_from_compvis(state: Mapping[str, torch.Tensor], *, name: str = "checkpoint") -> nn.Module:
+    """Turn the weights of a CompVis ``VQModelInterface`` into a ``diffusers.VQModel``.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Keys as in ``first_stage_model``, without that prefix; those of its training loss are
+        ignored.
+    name : str
+        Used in messages.
+
+    Returns
+    -------
+    diffusers.VQModel
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing, left over or of the wrong shape.
+    """
+    from diffusers import VQModel
+
+    r = _Renamer({k: v for k, v in state.items() if not k.startswith("loss.")}, name)
+    n = 0
+    while r.has(f"encoder.down.{n}.block.0.conv1"):
+        n += 1
+    layers = 0
+    while r.has(f"encoder.down.0.block.{layers}.conv1"):
+        layers += 1
+    if not n:
+        raise ValueError(f"{name} holds no first stage of CompVis (no 'encoder.down.0.block.0')")
+    widths = [int(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]) for i in range(n)]
+    entries, width = state["quantize.embedding.weight"].shape
+    vq = VQModel(
+        in_channels=int(state["encoder.conv_in.weight"].shape[1]),
+        out_channels=int(state["decoder.conv_out.weight"].shape[0]),
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers,
+        latent_channels=int(state["encoder.conv_out.weight"].shape[0]),
+        num_vq_embeddings=int(entries),
+        vq_embed_dim=int(width),
+        norm_num_groups=32,
+        scaling_factor=1.0,
+    )
+    for side in ("encoder", "decoder"):
+        r.move(f"{side}.conv_in", f"{side}.conv_in")
+        r.move(f"{side}.norm_out", f"{side}.conv_norm_out")
+        r.move(f"{side}.conv_out", f"{side}.conv_out")
+        for i in (1, 2):
+            _vq_resnet(r, f"{side}.mid.block_{i}", f"{side}.mid_block.resnets.{i - 1}")
+        attention = f"{side}.mid_block.attentions.0"
+        r.move(f"{side}.mid.attn_1.norm", f"{attention}.group_norm")
+        for a, b in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
+            r.move(f"{side}.mid.attn_1.{a}", f"{attention}.{b}", linear=True)
+    for i in range(n):
+        for j in range(layers):
+            _vq_resnet(r, f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}")
+        for j in range(layers + 1):
+            # CompVis counts the levels of the decoder from the finest.
+            _vq_resnet(r, f"decoder.up.{n - 1 - i}.block.{j}", f"decoder.up_blocks.{i}.resnets.{j}")
+        if i < n - 1:
+            r.move(
+                f"encoder.down.{i}.downsample.conv", f"encoder.down_blocks.{i}.downsamplers.0.conv"
+            )
+            r.move(f"decoder.up.{n - 1 - i}.upsample.conv",
+                   f"decoder.up_blocks.{i}.upsamplers.0.conv")  # fmt: skip
+    r.move("quant_conv", "quant_conv")
+    r.move("post_quant_conv", "post_quant_conv")
+    r.target["quantize.embedding.weight"] = r.take("quantize.embedding.weight")
+    return r.load(vq)
+
+
+def _vq_resnet(r: _Renamer, old: str, new: str) -> None:
+    """Residual block of the first stage."""
+    for part in ("norm1", "conv1", "norm2", "conv2"):
+        r.move(f"{old}.{part}", f"{new}.{part}")
+    if r.has(f"{old}.nin_shortcut"):
+        r.move(f"{old}.nin_shortcut", f"{new}.conv_shortcut")

@@ -36,6 +36,7 @@ __all__ = [
     "build",
     "check_leakage",
     "collect",
+    "drop_duplicates",
     "load_coco",
     "map_to_plane",
     "neighbour_agreement",
@@ -190,6 +191,34 @@ def tidy(segments: Segments) -> Segments:
             superpixel=segments.table["superpixel"].to_numpy()[rows],
         )
     return collect(segments.images, cleaned)
+
+
+def drop_duplicates(segments: Segments, *, iou: float = 0.9) -> Segments:
+    """Drop segments that are nearly the same as a better one of their image.
+
+    Parameters
+    ----------
+    segments : Segments
+    iou : float
+        Overlap from which two masks are the same; the one with the higher score stays.
+
+    Returns
+    -------
+    Segments
+        Those that stay, in the same order. The cost grows with the square of the number of segments
+        of one image, not of all.
+    """
+    if not 0 < iou <= 1:
+        raise ValueError(f"iou={iou}: give an overlap above 0 and up to 1")
+    keep = np.ones(len(segments), bool)
+    scores = segments.table["score"].to_numpy()
+    for rows in segments.table.groupby("image_id", sort=False).indices.values():
+        order = rows[np.argsort(-scores[rows], kind="stable")]
+        codes = [segments.rles[i] for i in order]
+        same = np.asarray(coco.iou(codes, codes, [0] * len(codes))) >= iou
+        for k in range(1, len(order)):
+            keep[order[k]] = not (same[k, :k] & keep[order[:k]]).any()
+    return segments.select(keep)
 
 
 def save_coco(

@@ -281,10 +281,12 @@ class Stage:
         self.chapter, self.params, self.run = chapter, params, params.run
         self.folder = root() / params.run
         self._final = self.folder / chapter
-        self._start, self._timings, self._inputs = time.perf_counter(), {}, {}
+        self._start, self._cpu = time.perf_counter(), time.process_time()
+        self._timings, self._inputs = {}, {}
         for need in NEEDS[chapter]:
             self._finished(need)
         self._finished_now = False
+        self._code = _code(chapter)
         self._open()
 
     # reading
@@ -330,7 +332,7 @@ class Stage:
         from PIL import Image
 
         with Image.open(self._picture("images", image_id)) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.array(picture.convert("RGB"))
 
     def instances(self, image_id: str) -> np.ndarray | None:
         """Ground-truth gland instances of one image, or None where the data set has none.
@@ -466,10 +468,10 @@ class Stage:
             "params": self.params.model_dump(mode="json"),
             "inputs": {name: _hashes.any(path) for name, path in sorted(self._inputs.items())},
             "data": _data(self.params),
-            "helpers": closure(self.chapter) if notebook(self.chapter).exists() else {},
-            "weights": weights(self.chapter) if notebook(self.chapter).exists() else {},
+            **self._code,
             "versions": _versions(),
             "seconds": time.perf_counter() - self._start,
+            "cpu_seconds": time.process_time() - self._cpu,
             "timings": self._timings,
             "peak_memory_gb": peak_memory(),
         }
@@ -508,6 +510,13 @@ def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str
         if _hashes.any(folder / name) != digest:
             return False, f"input changed: {name}"
     return True, "up to date"
+
+
+def _code(chapter: str) -> dict[str, dict[str, str]]:
+    """Hashes of what a chapter is about to run with; empty for one without a notebook."""
+    if not notebook(chapter).exists():
+        return {"helpers": {}, "weights": {}}
+    return {"helpers": closure(chapter), "weights": weights(chapter)}
 
 
 def peak_memory() -> float:

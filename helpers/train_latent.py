@@ -45,6 +45,7 @@ __all__ = [
     "UNetRecipe",
     "UNetTrainer",
     "colour_jitter",
+    "drawing_weights",
     "encode_scenes",
     "held_out",
     "prepare",
@@ -79,10 +80,10 @@ def scene(index: int, *, seed: int = 0, size: int = SCENE, textures: float = 0.1
     (size, size, 3) uint8 ndarray
     """
     rng = np.random.default_rng([seed, 71, index])
-    if rng.random() < textures:
+    kind, organ = _kind(rng, textures)
+    if kind == "texture":
         return texture(rng, size)
-    organ = str(rng.choice(list(phantom.GRADES), p=[0.65, 0.35]))
-    ihc = rng.random() < 0.25
+    ihc = kind == "IHC"
     zoom = float(np.exp(rng.normal(0, 0.2)))
     return phantom.render(
         index,
@@ -92,9 +93,31 @@ def scene(index: int, *, seed: int = 0, size: int = SCENE, textures: float = 0.1
         size=(size, size),
         site=str(rng.choice(phantom.SITES)),
         patient=int(rng.integers(1000)),
-        stain="IHC" if ihc else "HE",
-        microns_per_pixel=zoom * (150 if ihc else 256) / size,
+        stain=kind,
+        microns_per_pixel=min(4.0, zoom * (150 if ihc else 256) / size),
     ).image
+
+
+def _kind(rng: np.random.Generator, textures: float) -> tuple[str, str]:
+    """What a scene shows ("texture", "HE", "IHC"), and its organ."""
+    if rng.random() < textures:
+        return "texture", ""
+    organ = str(rng.choice(list(phantom.GRADES), p=[0.65, 0.35]))
+    return ("IHC" if rng.random() < 0.25 else "HE"), organ
+
+
+def drawing_weights(n: int, *, seed: int = 0, textures: float = 0.15, ihc: int = 2) -> np.ndarray:
+    """How often the noise network sees each scene: textures never, IHC `ihc` times as often as H&E.
+
+    The autoencoder should reproduce everything; the noise network should know tissue only.
+
+    Returns
+    -------
+    (n,) int64 ndarray
+    """
+    times = {"texture": 0, "HE": 1, "IHC": ihc}
+    kinds = [_kind(np.random.default_rng([seed, 71, i]), textures)[0] for i in range(n)]
+    return np.array([times[kind] for kind in kinds])
 
 
 def texture(rng: np.random.Generator, size: int = SCENE) -> np.ndarray:
@@ -104,11 +127,15 @@ def texture(rng: np.random.Generator, size: int = SCENE) -> np.ndarray:
     -------
     (size, size, 3) uint8 ndarray
     """
+
     def layer() -> np.ndarray:
         sigma = float(np.exp(rng.uniform(np.log(0.6), np.log(12))))
         stretch = float(np.exp(rng.uniform(0, np.log(4))))
         noise = cv2.GaussianBlur(
-            rng.standard_normal((size, size)).astype(np.float32), (0, 0), sigma, sigmaY=sigma * stretch
+            rng.standard_normal((size, size)).astype(np.float32),
+            (0, 0),
+            sigma,
+            sigmaY=sigma * stretch,
         )
         turn = cv2.getRotationMatrix2D((size / 2, size / 2), float(rng.uniform(0, 180)), 1.45)
         noise = cv2.warpAffine(noise, turn, (size, size), borderMode=cv2.BORDER_REFLECT)
@@ -312,6 +339,7 @@ class UNetRecipe:
     ema: float = 0.9995
     jitter: float = 0.15
     views: int = 2
+    ihc: int = 2
     bf16: bool = True
 
 
@@ -360,7 +388,7 @@ class _Trainer:
         losses = self.loss()
         if not bool(torch.isfinite(losses["loss"])):
             raise FloatingPointError(
-                f"the {self.kind} loss is {float(losses['loss'])} at step {self.step}: "
+                f"the {self.kind} loss is {float(losses['loss'].detach())} at step {self.step}: "
                 "lower the learning rate and start from the last checkpoint"
             )
         self.optimiser.zero_grad(set_to_none=True)
@@ -400,7 +428,9 @@ class _Trainer:
         """Go on from a checkpoint that :meth:`save` wrote."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state.get("kind") != self.kind:
-            raise ValueError(f"{path} is no checkpoint of the {self.kind}: remove it or name another")
+            raise ValueError(
+                f"{path} is no checkpoint of the {self.kind}: remove it or name another"
+            )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
@@ -443,7 +473,10 @@ class _Trainer:
                 last = self.progress() >= 1
                 if self.step % every and not last:
                     continue
-                entry: dict[str, float] = {"step": self.step, "minutes": round(self.seconds / 60, 3)}
+                entry: dict[str, float] = {
+                    "step": self.step,
+                    "minutes": round(self.seconds / 60, 3),
+                }
                 entry |= {key: round(float(np.mean(v)), 5) for key, v in sums.items()}
                 sums = {}
                 if self.step % score_every == 0 or last:
@@ -471,8 +504,12 @@ class AutoencoderTrainer(_Trainer):
         self, recipe: AutoencoderRecipe, scenes: Scenes, *, test: np.ndarray | None = None
     ) -> None:
         torch.manual_seed(recipe.seed)
-        build = {"channels": list(recipe.channels), "layers": recipe.layers,
-                 "latent_channels": recipe.latent_channels, "image_patch": recipe.image_patch}  # fmt: skip
+        build = {
+            "channels": list(recipe.channels),
+            "layers": recipe.layers,
+            "latent_channels": recipe.latent_channels,
+            "image_patch": recipe.image_patch,
+        }
         super().__init__(recipe, build_autoencoder(**build), scenes)
         self.build, self.test = build, test
         self.shift, self.scale = 0.0, 1.0
@@ -484,8 +521,7 @@ class AutoencoderTrainer(_Trainer):
         for _ in range(r.batch):
             image = self.scenes[int(torch.randint(len(self.scenes), (1,), generator=g))]
             y, x = (
-                int(torch.randint(side - r.crop + 1, (1,), generator=g))
-                for side in image.shape[:2]
+                int(torch.randint(side - r.crop + 1, (1,), generator=g)) for side in image.shape[:2]
             )
             crops.append(image[y : y + r.crop, x : x + r.crop])
         strength = float(torch.rand(1, generator=g)) * 2 * r.jitter
@@ -521,7 +557,9 @@ class AutoencoderTrainer(_Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """PSNR and SSIM on the held-out images."""
-        return score_autoencoder(self.latent_diffusion(), self.test) if self.test is not None else {}
+        return (
+            score_autoencoder(self.latent_diffusion(), self.test) if self.test is not None else {}
+        )
 
     def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
@@ -553,8 +591,12 @@ class UNetTrainer(_Trainer):
         test: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
-        self.build = {"channels": list(recipe.channels), "layers": recipe.layers,
-                      "latent_channels": first_stage.channels, "latent_patch": recipe.latent_patch}  # fmt: skip
+        self.build = {
+            "channels": list(recipe.channels),
+            "layers": recipe.layers,
+            "latent_channels": first_stage.channels,
+            "latent_patch": recipe.latent_patch,
+        }
         super().__init__(recipe, build_unet(**self.build), None)
         self.first_stage, self.z, self.test = first_stage, z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
@@ -590,7 +632,7 @@ class UNetTrainer(_Trainer):
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
-        """Denoising loss of the averaged weights on held-out latents, with fixed noise and times."""
+        """Denoising loss of the averaged weights on held-out latents, noise and times fixed."""
         if self.test is None:
             return {}
         model = self.latent_diffusion()
@@ -614,7 +656,8 @@ def encode_scenes(
 ) -> torch.Tensor:  # fmt: skip
     """Latents of all images, each in `views` random turns, flips and mild stain changes.
 
-    Turns and flips are of the image, not of the latents: the autoencoder does not commute with them.
+    Turns and flips are of the image, not of the latents: the autoencoder does not commute with
+    them.
 
     Returns
     -------
@@ -671,19 +714,27 @@ def _write_card(trainer: _Trainer, path: Path, command: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if trainer.kind == "autoencoder":
         what = "First stage of the small latent diffusion model: `diffusers.AutoencoderKL`."
-        shape = (f"pixels folded {r.image_patch} x {r.image_patch}, channels {r.channels}, factor "
-                 f"{r.image_patch * 2 ** (len(r.channels) - 1)}, {r.latent_channels} latent channels, "
-                 f"scaled to unit variance (shift {trainer.shift:.4f}, scale {trainer.scale:.4f})")  # fmt: skip
+        factor = r.image_patch * 2 ** (len(r.channels) - 1)
+        shape = (
+            f"pixels folded {r.image_patch} x {r.image_patch}, channels {r.channels}, "
+            f"factor {factor}, {r.latent_channels} latent channels, scaled to unit variance "
+            f"(shift {trainer.shift:.4f}, scale {trainer.scale:.4f})"
+        )
+        seen = f"abstract textures ({r.textures:.0%})"
         batch = f"{r.batch} crops of {r.crop} px"
-        score = (f"PSNR {last.get('psnr', float('nan')):.2f} dB, SSIM {last.get('ssim', float('nan')):.3f} "
-                 "on 24 phantoms of other seeds and patients, both sites, one in six IHC")  # fmt: skip
+        score = f"PSNR {last.get('psnr', 0):.2f} dB, SSIM {last.get('ssim', 0):.3f} on 24"
     else:
         what = "Noise network of the small latent diffusion model: `diffusers.UNet2DModel`."
-        shape = (f"latents folded {r.latent_patch} x {r.latent_patch}, channels {r.channels}, attention "
-                 "at the coarsest level, predicts v, unconditional")  # fmt: skip
+        shape = (
+            f"latents folded {r.latent_patch} x {r.latent_patch}, channels {r.channels}, "
+            "attention at the coarsest level, predicts v, unconditional"
+        )
+        seen = (
+            f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times as often"
+        )
         batch = f"{r.batch} latents of 256 px images"
-        score = (f"denoising loss (v) {last.get('held_out_loss', float('nan')):.4f} on 48 latents of "
-                 "phantoms of other seeds and patients, both sites, one in six IHC")  # fmt: skip
+        score = f"denoising loss (v) {last.get('held_out_loss', 0):.4f} on 48"
+    score += " phantoms of other seeds and patients, both sites, one in six IHC"
     path.with_suffix(".md").write_text(f"""# {path.name}
 
 {what}
@@ -692,8 +743,8 @@ def _write_card(trainer: _Trainer, path: Path, command: str) -> None:
 |---|---|
 | architecture | {shape} |
 | parameters | {parameters:.2f} million, fp16, {size:.1f} MB, average of the weights over the run |
-| data | {r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a quarter \
-IHC) and abstract textures ({r.textures:.0%}); no real tissue |
+| data | {r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a \
+quarter IHC) and {seen}; no real tissue |
 | command | `{command}` |
 | seed | {r.seed} |
 | steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on one CPU core |
@@ -716,7 +767,9 @@ def _cached_latents(
         stored = torch.load(path, map_location="cpu", weights_only=True)
         if stored["key"] == key:
             return stored["z"]
-    z = encode_scenes(model, scenes, views=recipe.views, jitter=recipe.jitter, seed=recipe.seed, log=log)
+    z = encode_scenes(
+        model, scenes, views=recipe.views, jitter=recipe.jitter, seed=recipe.seed, log=log
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"key": key, "z": z}, path)
     return z
@@ -729,8 +782,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see ``python -m helpers.train_latent --help``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("prepare", "autoencoder", "unet"))
-    parser.add_argument("--work", type=Path, default=Path("data/runs/train_latent"),
-                        help="folder of drawn scenes and checkpoints")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("data/runs/train_latent"),
+        help="folder of drawn scenes and checkpoints",
+    )
     parser.add_argument("--images", type=Path, help="train on the images of this folder instead")
     parser.add_argument("--weights", type=Path, help="file to write")
     parser.add_argument("--autoencoder", type=Path, default=AUTOENCODER_WEIGHTS,
@@ -758,13 +815,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = o.weights or AUTOENCODER_WEIGHTS
     else:
         path = o.weights or UNET_WEIGHTS
-        first_stage = load_autoencoder(o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None)
+        first_stage = load_autoencoder(
+            o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None
+        )
         test = encode_scenes(first_stage, Scenes(held_out(48))).float()
         z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
+        if o.images is None:
+            times = drawing_weights(
+                len(scenes), seed=o.seed, textures=recipe.textures, ihc=recipe.ihc
+            )
+            z = z[np.repeat(np.arange(len(z)), np.tile(times, recipe.views))]
         trainer = UNetTrainer(recipe, first_stage, z, test=test)
     o.work.mkdir(parents=True, exist_ok=True)
-    trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say,
-                export=lambda t: t.export(path, command))
+    trainer.run(
+        checkpoint=o.work / f"{o.what}.pt", log=say, export=lambda t: t.export(path, command)
+    )
 
 
 if __name__ == "__main__":

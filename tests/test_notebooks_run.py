@@ -69,6 +69,55 @@ def test_results_are_there_and_finite(first, chapter):
     assert {"config", "runs", "figures"} <= set(manifest["helpers"])
 
 
+def test_tissue_files_what_the_preset_asks_for(first):
+    given, found = execute.preset("smoke"), results(first, "00_tissue")
+    assert found["classes"] == ["benign", "well", "moderate", "poor"]
+    for split in ("train", "val", "test", "test2"):
+        assert set(found["counts"][split].values()) == {given[f"{split}_per_class"]}
+
+
+def test_segments_are_counted_without_loss(first):
+    found = results(first, "02_anchor_clustering")
+    assert sum(found["segments_by_class"].values()) == found["n_segments"] > 0
+    per_image = found["n_segments"] + sum(found["dropped"].values())
+    assert per_image == pytest.approx(found["superpixels_an_image"] * found["n_images"])
+    assert {"anchors", "SLIC", "Felzenszwalb"} <= set(found["methods"])
+    assert "ihc" in found["segments_by_class"], "the real image goes along"
+
+
+def test_the_pool_holds_training_segments_only(first):
+    found = results(first, "03_pca_pooling")
+    assert found["n_not_training"] == 0
+    wanted = execute.preset("smoke")["n_components"]
+    assert all(0 < part["components"] <= wanted for part in found["classes"].values())
+
+
+def test_composites_keep_to_the_bounds(first):
+    found = results(first, "04_probabilistic_replacement")
+    params = json.loads((first / "04_probabilistic_replacement" / "params.json").read_text())
+    assert params["area_min"] <= found["new_area_ratio"]["min"]
+    assert found["new_area_ratio"]["max"] <= params["area_max"]
+    assert sum(found["composites_by_class"].values()) == found["n_composites"] > 0
+
+
+def test_inpainting_changes_no_known_pixel(first):
+    found = results(first, "05_sde_mcg_inpainting")
+    assert found["known_pixels_identical"] and found["filling_independent_of_hole"]
+    assert found["steps"] == execute.preset("smoke")["steps"]
+
+
+def test_synthesis_makes_what_was_asked_for(first):
+    found = results(first, "06_synthesis")
+    wanted = max(execute.preset("smoke")["n_per_class"])
+    classes = results(first, "00_tissue")["classes"]
+    assert {c: found["made_by_class"][c] for c in classes} == dict.fromkeys(classes, wanted)
+
+
+def test_toy_trainings_ran_their_steps(first):
+    assert results(first, "A1_training_sam")["toy_steps"] == execute.preset("smoke")["sam_steps"]
+    assert results(first, "A2_training_latent_diffusion")["toy"]["psnr"] > 0
+
+
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_the_same_seed_gives_the_same_results(two_runs, chapter):
     one, other = ((root / RUN / chapter / "results.json").read_bytes() for root in two_runs)

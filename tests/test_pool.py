@@ -404,3 +404,14 @@ def test_map_to_plane(n):
     plane = pooling.map_to_plane(features)
     assert plane.shape == (n, 2) and np.isfinite(plane).all()
     np.testing.assert_array_equal(plane, pooling.map_to_plane(features))
+
+
+def test_duplicates_count_once_and_the_better_score_stays():
+    shapes = np.stack([disc(20, 20, 10), disc(20.4, 20, 10), disc(20, 20, 6), disc(20, 20, 10)])
+    given = SimpleNamespace(masks=shapes, scores=np.array([0.5, 0.9, 0.8, 0.5]))
+    segments = pooling.collect(records(2), {"im0": given, "im1": shapes[:1]})
+    kept = pooling.drop_duplicates(segments, iou=0.9)
+    assert kept.table["segment_id"].tolist() == [2, 3, 5]
+    assert len(pooling.drop_duplicates(segments, iou=1.0)) == 4
+    with pytest.raises(ValueError, match="iou=0"):
+        pooling.drop_duplicates(segments, iou=0)

@@ -1,0 +1,122 @@
+"""Phase 1: the fast path against the literal form of the paper, and against its bare passes.
+
+``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and ``--side``
+change the size, ``--checkpoint vit_b --random`` times the official architecture without weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+
+import numpy as np
+import torch
+from segment_anything import sam_model_registry
+
+from helpers import anchors, phantom, sam
+from helpers.superpixels import draw_points, superpixels
+from tests.literal_phase1 import literal_anchors
+
+
+def clock(work, *, repeats: int = 1):
+    """Best time of `repeats` runs, and the last result."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - start)
+    return best, result
+
+
+def bare(model, image, n_points: int, batch: int) -> float:
+    """Seconds of one encoder pass and the decoder passes that `n_points` prompts need."""
+    embedding = sam.embed(model, image)
+    xy = torch.rand(1, batch, 1, 2) * model.image_encoder.img_size
+    ones = torch.ones(1, batch, 1)
+
+    def passes():
+        sam.embed(model, image)
+        for _ in range(-(-n_points // batch)):
+            sam.decode(model, embedding.features, xy.to(model.device), ones.to(model.device))
+
+    with torch.no_grad():
+        return clock(passes)[0]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Time, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default="small")
+    parser.add_argument("--random", action="store_true", help="random weights, for timing only")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--segments", type=int, default=30)
+    parser.add_argument("--points", type=int, default=15)
+    options = parser.parse_args(argv)
+    if options.random:
+        model = sam_model_registry[options.checkpoint]().eval().requires_grad_(False)
+        model = model.to(sam.resolve_device(options.device))
+    else:
+        model = sam.load_sam(options.checkpoint, device=options.device)
+    batch = sam.default_batch(model)
+    rows = []
+    for i in range(options.images):
+        grade = phantom.GRADES["colon"][i % 4]
+        image = phantom.render(i, seed=42, grade=grade, size=(options.side,) * 2).image
+        labels = superpixels(image, options.segments)
+        points = draw_points(labels, options.points, rng=np.random.default_rng(i))
+
+        def fast(image=image, points=points):
+            proposals = sam.propose(model, sam.embed(model, image), points.reshape(-1, 2))
+            return anchors.choose_anchors(proposals, len(points))[0], proposals
+
+        def literal(image=image, points=points):
+            return literal_anchors(model, image, points, distance_threshold=0.1)
+
+        fast()  # warm up
+        quick, (index, proposals) = clock(fast)
+        slow, (reference, masks) = clock(literal)
+        same = [
+            a == b or (a >= 0 and b >= 0 and _iou(proposals.full(a), masks[b]) >= 0.95)
+            for a, b in zip(index, reference, strict=True)
+        ]
+        needed = bare(model, image, points.shape[0] * points.shape[1], batch)
+        rows.append(
+            {
+                "prompts": points.shape[0] * points.shape[1],
+                "literal_s": slow,
+                "fast_s": quick,
+                "ratio": slow / quick,
+                "bare_s": needed,
+                "over_bare": quick / needed,
+                "same_anchors": float(np.mean(same)),
+            }
+        )
+    _print(rows, options, batch)
+    return rows
+
+
+def _iou(a, b):
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+def _print(rows, options, batch) -> None:
+    print(
+        f"phase 1, {options.checkpoint}{' (random)' if options.random else ''}, "
+        f"{options.side} px, {torch.get_num_threads()} threads, batches of {batch}"
+    )
+    print("  ".join(f"{key:>12}" for key in rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:12.2f}" for value in row.values()))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}; "
+        f"fast / bare passes: {np.mean([r['over_bare'] for r in rows]):.2f}; "
+        f"peak memory {memory:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()

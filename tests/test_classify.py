@@ -1,0 +1,212 @@
+"""Classifiers: the schedule in closed form, determinism, resuming, and clear errors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import augment, classify
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Two classes that differ in colour, 32 x 32."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12) % 2
+    images = rng.integers(0, 90, (12, 32, 32, 3), dtype=np.uint8)
+    images[labels == 1, ..., 0] += 120
+    return images, labels.astype(np.int64)
+
+
+class Tiny(nn.Module):
+    """A network small enough to train in a test, with timm's interface."""
+
+    def __init__(self, n_classes=2):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.Linear(4, n_classes)
+
+    def get_classifier(self):
+        return self.classifier
+
+    def forward(self, x):
+        return self.classifier(self.body(x).mean((2, 3)))
+
+
+def tiny(seed=0, n_classes=2):
+    torch.manual_seed(seed)
+    return classify.Classifier("lite0", Tiny(n_classes), n_classes)
+
+
+def fit(classifier, data, *, seed=0, **settings):
+    settings = {"epochs": 4, "batch_size": 4, "rates": (0.05, 1e-4), **settings}
+    return classify.fit(
+        classifier, *data, generator=torch.Generator().manual_seed(seed), **settings
+    )
+
+
+def weights(classifier):
+    return torch.cat([value.flatten().float() for value in classifier.state_dict().values()])
+
+
+# --- schedule -------------------------------------------------------------------------------------
+
+
+def test_cosine_rate_is_that_of_torch():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.Adam([parameter], lr=1e-3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimiser, 25, eta_min=1e-5)
+    for step in range(120):
+        epoch = step / 2
+        theirs.step(epoch)
+        ours = classify.cosine_rate(epoch, high=1e-3, low=1e-5)
+        assert ours == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+
+
+def test_paper_rates():
+    assert classify.learning_rates("resnet50") == (1e-3, 1e-5)
+    assert classify.learning_rates("ctranspath") == (2e-5, 2e-8)
+    assert classify.native_size("ctranspath", 512) == 224
+    assert classify.native_size("resnet50", 512) == 512
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lite0", "efficientnet_b0", "resnet50", "densenet121"])
+def test_networks_have_the_shape_asked_for(name):
+    classifier = classify.build_classifier(name, 3, weights="random")
+    with torch.inference_mode():
+        assert classifier(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_lite0_starts_from_its_package_and_the_head_from_the_generator():
+    build = [
+        classify.build_classifier("lite0", 3, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    body = [c.network.conv_stem.weight for c in build]
+    head = [c.network.classifier.weight for c in build]
+    assert torch.equal(body[0], body[2]) and torch.equal(head[0], head[1])
+    assert not torch.equal(head[0], head[2])
+
+
+def test_saved_classifier_comes_back(tmp_path, data):
+    one = classify.build_classifier("lite0", 2)
+    classify.save_classifier(one, tmp_path / "c.safetensors")
+    two = classify.build_classifier("lite0", 2, weights=tmp_path / "c.safetensors", keep_head=True)
+    np.testing.assert_array_equal(
+        classify.predict(one, data[0][:2]), classify.predict(two, data[0][:2])
+    )
+    with pytest.raises(ValueError, match="has 2 classes, 5 are asked for"):
+        classify.build_classifier("lite0", 5, weights=tmp_path / "c.safetensors", keep_head=True)
+    with pytest.raises(ValueError, match="belongs to another network"):
+        classify.build_classifier("resnet50", 2, weights=tmp_path / "c.safetensors")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_does_not_depend_on_the_global_seed(data):
+    one, two, other = tiny(), tiny(), tiny()
+    transform = augment.traditional(32)
+    fit(one, data, transform=transform, epochs=10)
+    torch.manual_seed(99)
+    fit(two, data, transform=transform, epochs=10)
+    fit(other, data, transform=transform, epochs=10, seed=1)
+    assert torch.equal(weights(one), weights(two))
+    assert not torch.equal(weights(one), weights(other))
+    assert (classify.predict(one, data[0]).argmax(1) == data[1]).mean() > 0.9
+
+
+def test_number_of_steps_does_not_depend_on_the_number_of_images(data):
+    images, labels = data
+    more = np.concatenate([images, images]), np.concatenate([labels, labels])
+    a, b = fit(tiny(), data, steps_per_epoch=3), fit(tiny(), more, steps_per_epoch=3)
+    assert a.steps == b.steps == 12
+    assert [r["step"] for r in a.curve] == [3, 6, 9, 12]
+
+
+def test_best_epoch_is_the_one_that_is_kept(data):
+    classifier = tiny()
+    training = fit(classifier, data, val_images=data[0], val_labels=data[1], epochs=6)
+    accuracy = [r["val_accuracy"] for r in training.curve]
+    assert accuracy[training.best_epoch - 1] == max(accuracy)
+    kept = (classify.predict(classifier, data[0]).argmax(1) == data[1]).mean()
+    assert kept == pytest.approx(max(accuracy))
+
+
+def test_resumed_training_equals_the_uninterrupted_one(tmp_path, data):
+    whole = tiny()
+    fit(whole, data, transform=augment.traditional(32))
+
+    class Stop(Exception):
+        pass
+
+    calls = 0
+
+    def interrupts(image):
+        nonlocal calls
+        calls += 1
+        if calls > 30:  # within the third epoch
+            raise Stop
+        return augment.traditional(32)(image)
+
+    path = tmp_path / "training.pt"
+    with pytest.raises(Stop):
+        fit(tiny(), data, transform=interrupts, checkpoint=path)
+    again = tiny(seed=5)
+    fit(again, data, transform=augment.traditional(32), checkpoint=path)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_mixed_labels_are_trained_on(data):
+    training = fit(tiny(), data, transform=augment.traditional(32),
+                   batch_transform=augment.mixup(2))  # fmt: skip
+    assert all(np.isfinite(r["loss"]) for r in training.curve)
+
+
+def test_prediction_does_not_depend_on_the_batch(data):
+    classifier = tiny()
+    np.testing.assert_allclose(
+        classify.predict(classifier, data[0], batch=1),
+        classify.predict(classifier, data[0], batch=5),
+        atol=1e-6,
+    )
+
+
+def test_resize_only_where_needed(data):
+    images = data[0]
+    np.testing.assert_array_equal(classify.resize(images, 32), images)
+    assert classify.resize(images, 16).shape == (12, 16, 16, 3)
+    assert classify.resize([], 16).shape == (0, 16, 16, 3)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_input(tmp_path, data):
+    images, labels = data
+    with pytest.raises(ValueError, match="no classifier is called 'vgg'"):
+        classify.build_classifier("vgg", 2)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        classify.build_classifier("lite0", 1)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        classify.build_classifier("lite0", 2, weights=tmp_path / "absent.pt")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="damaged or holds something else"):
+        classify.build_classifier("lite0", 2, weights=tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="no training image has class 2 of 3"):
+        fit(tiny(n_classes=3), data)
+    with pytest.raises(ValueError, match="at least 2 images a batch"):
+        fit(tiny(), data, batch_size=1)
+    with pytest.raises(ValueError):
+        fit(tiny(), (images, labels + 1))
+
+
+def test_diverging_training_stops_with_a_message(data):
+    def broken(image):
+        return torch.full(image.shape, torch.nan)
+
+    with pytest.raises(FloatingPointError, match="lower the rates"):
+        fit(tiny(), data, transform=broken)
