@@ -184,6 +184,7 @@ class ProbabilisticReplacement(Common):
     scale_min: Annotated[PositiveFloat, Field(description="smallest scale of the transform")]
     scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
     stretch_max: Annotated[float, Field(ge=1, description="largest ratio of its two scales")]
+    fit_min: Annotated[Fraction, Field(description="smallest IoU of the paste with its target")]
     stain: Annotated[
         Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
     ]

@@ -420,7 +420,7 @@ def inpaint_latents(
     FloatingPointError
         If a sample becomes NaN or infinite.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     if method not in METHODS:
         raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}")

@@ -199,24 +199,31 @@ def _up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, st
     good, why = runs.up_to_date(run, chapter, params)
     if not good:
         return good, why
-    record = executed(run, chapter).with_suffix(".json")
-    if not (record.exists() and executed(run, chapter).exists()):
+    target = executed(run, chapter)
+    record = target.with_suffix(".json")
+    if not (record.exists() and target.exists()):
         return False, "no executed notebook"
-    before = json.loads(record.read_text(encoding="utf-8"))
-    now = _record(run, chapter)
-    if before["code"] != now["code"]:
+    if _code(target) != _code(runs.notebook(chapter)):
         return False, "notebook code changed"
-    if before["manifest"] != now["manifest"]:
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if before["manifest"] != _record(run, chapter)["manifest"]:
         return False, "was run by hand since"
     return True, why
 
 
+def _code(path: Path) -> list[str]:
+    """Code cells of a notebook, without the one that papermill puts in."""
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+
+
 def _record(run: str, chapter: str) -> dict[str, str]:
     manifest = runs.root() / run / chapter / "manifest.json"
-    return {
-        "code": hashlib.sha256(runs.code(chapter).encode()).hexdigest(),
-        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
-    }
+    return {"manifest": hashlib.sha256(manifest.read_bytes()).hexdigest()}
 
 
 def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
@@ -257,7 +264,9 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [kernels, os.environ.get("JUPYTER_PATH")]))
     backend = "module://matplotlib_inline.backend_inline"
     fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
-    return {**os.environ, **fixed, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    wait = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a busy machine
+    fixed |= {"OMP_WAIT_POLICY": wait, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return {**os.environ, **fixed}
 
 
 def _failure(chapter: str, failed: Path, log: Path) -> str:

@@ -360,6 +360,7 @@ def save_weights(
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
     temporary = path.with_name(f".{path.stem}.tmp")
     save_file(tensors, str(temporary), metadata={"config": json.dumps({"kind": kind, **config})})
+    temporary.chmod(0o644)
     temporary.replace(path)
 
 

@@ -678,6 +678,7 @@ def compose(
     band: int = 3,
     fill: str = "surround",
     max_overlap: float = 0.5,
+    min_fit: float = 0.0,
     stains: dict[tuple[str, str], Any] | None = None,
 ) -> Composite:
     """Replace segments of an image until enough of it is new.
@@ -706,6 +707,9 @@ def compose(
         :func:`paste`.
     max_overlap : float
         Share of a target that may be new already.
+    min_fit : float
+        Smallest IoU of the pasted segment with its target; what fits worse is taken back, since
+        most of the target would have to be invented.
     stains : dict, optional
         Keeps the measured stain of each source image; pass the same dict for all composites of a
         run, so that every image is measured once.
@@ -732,7 +736,7 @@ def compose(
         stretch_limit=stretch_limit,
     )
     stains = {} if stains is None else stains
-    work = _Work(image, place, stain, stains, band, fill, area_range[1], max_overlap)
+    work = _Work(image, place, stain, stains, band, fill, area_range[1], max_overlap, min_fit)
     for target in rng.permutation(targets):
         try:
             work.replace(pool, int(target), sampler, get_image, rng)
@@ -766,6 +770,7 @@ class _Work:
         fill: str,
         area_max: float,
         max_overlap: float,
+        min_fit: float,
     ) -> None:
         self.original = image
         self.image = image.copy()
@@ -775,7 +780,7 @@ class _Work:
         self.ratio = 0.0
         self.place, self.stain, self.stains = place, stain, stains
         self.band, self.fill = band, fill
-        self.area_max, self.max_overlap = area_max, max_overlap
+        self.area_max, self.max_overlap, self.min_fit = area_max, max_overlap, min_fit
         self.reference: Any = None
 
     def replace(
@@ -800,7 +805,8 @@ class _Work:
         image, pasted = paste(self.image, target_mask, donor, source_mask, affine, fill=self.fill)
         unknown = (self.unknown & ~pasted) | unknown_region(target_mask, pasted, band=self.band)
         ratio = _share(self.pasted | pasted | unknown)
-        if ratio > self.area_max or not pasted.any():
+        misfit = not pasted.any() or _iou(pasted, target_mask) < self.min_fit
+        if ratio > self.area_max or misfit:
             sampler.undo(source)
             return False
         self.image, self.unknown, self.ratio = image, unknown, ratio

@@ -459,7 +459,7 @@ class _Trainer:
         log : callable, optional
             Receives one line of JSON an entry.
         """
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         if checkpoint is not None and Path(checkpoint).exists():
             self.resume(Path(checkpoint))

@@ -106,7 +106,8 @@ def test_bad_options_are_named(small):
 def test_weights_come_back_from_files(small, tmp_path):
     autoencoder, unet = small
     save_weights(tmp_path / "autoencoder.safetensors", "autoencoder", autoencoder.state_dict(),
-                 {"build": {"channels": [8, 16]}, "model": {"image_patch": 2, "scale": 3.0}})  # fmt: skip
+                 {"build": {"channels": [8, 16]},
+                  "model": {"image_patch": 2, "scale": 3.0}})  # fmt: skip
     save_weights(tmp_path / "unet.safetensors", "unet", unet.state_dict(),
                  {"build": {"channels": [16, 16, 32], "attention_head_dim": 8, "groups": 8},
                   "model": {"latent_patch": 2, "prediction": "v_prediction"}})  # fmt: skip

@@ -86,6 +86,13 @@ def test_readme_names_every_chapter_and_links_to_what_exists():
         assert len(alt) > 20
 
 
+def test_deviations_name_known_parameters():
+    table = read("book/deviations.md").split("## Departures")[0]
+    for row in re.findall(r"^\| (?!question|---).*$", table, flags=re.M):
+        for name in re.findall(r"`(\w+)`", row.split("|")[2]):
+            assert name in config.known(), name
+
+
 def test_workflow_tests_every_change_and_publishes_by_tag():
     text = read(".github/workflows/book.yml")
     flow = yaml.safe_load(text)

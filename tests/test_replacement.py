@@ -603,6 +603,26 @@ def test_area_bounds_are_met_by_further_replacements_or_refused():
         assert (sampler.w == 1).all()  # draws of a composite that failed do not count
 
 
+def test_misfits_are_taken_back():
+    pool, images = toy_pool()
+    for floor in (0.0, 0.9):
+        sampler = Sampler(pool)
+        for seed in range(8):
+            try:
+                composite = rep.compose(
+                    images["im0"], "im0", pool, sampler, images.__getitem__, stain="none",
+                    rng=np.random.default_rng(seed), area_range=(0.02, 1.0), min_fit=floor,
+                )  # fmt: skip
+            except CompositeError:
+                continue
+            assert all(done["iou"] >= floor for done in composite.replacements)
+    whole = Sampler(pool)
+    with pytest.raises(CompositeError, match="0 of 5 segments were replaced"):
+        rep.compose(images["im0"], "im0", pool, whole, images.__getitem__, stain="none",
+                    rng=np.random.default_rng(0), min_fit=1.0)  # fmt: skip
+    assert whole.counts.sum() == 0 and (whole.w == 1).all()
+
+
 def test_compose_errors():
     pool, images = toy_pool()
     make = dict(rng=np.random.default_rng(0))
