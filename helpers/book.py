@@ -3,15 +3,18 @@
 ::
 
     python -m helpers.book --run tutorial-phantom
+    python -m helpers.book --run tutorial-phantom --picture fig-synthesis-compare
 
 Executed chapters are put under ``book/chapters/``: prose, captions and code come from the sources
 in ``notebooks/``, outputs from the run, so that editing prose needs no new run.
 The build stops at any warning; it is skipped when nothing has changed since the last good one.
+The second command takes one figure out of the run into ``book/images/``, for the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import importlib.metadata
 import json
@@ -28,7 +31,7 @@ import nbformat
 
 from helpers import config, execute, runs
 
-__all__ = ["build", "chapter_page", "main", "run_page"]
+__all__ = ["build", "chapter_page", "main", "picture", "run_page"]
 
 BOOK = runs.REPOSITORY / "book"
 INDEX = BOOK / "_build" / "html" / "index.html"
@@ -175,6 +178,39 @@ def build(run: str, *, force: bool = False) -> bool:
     return True
 
 
+def picture(run: str, figure: str) -> Path:
+    """Copy one figure of a run to ``book/images/<figure>.png``.
+
+    Parameters
+    ----------
+    run : str
+        Name of a finished run.
+    figure : str
+        Name of the figure, e.g. ``fig-synthesis-compare``.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileNotFoundError
+        If a chapter has not been executed in this run.
+    ValueError
+        If no chapter has drawn such a figure.
+    """
+    for chapter in config.CHAPTERS:
+        for cell in chapter_page(run, chapter).cells:
+            if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") != figure:
+                continue
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    path = BOOK / "images" / f"{figure}.png"
+                    path.write_bytes(base64.b64decode(output.data["image/png"]))
+                    return path
+    raise ValueError(f"no chapter of run {run!r} has drawn a figure called {figure!r}")
+
+
 def _digest() -> str:
     """Digest of everything that the build reads: pages, pictures, configuration, tools."""
     digest = hashlib.sha256()
@@ -205,9 +241,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run", default="tutorial-phantom", help="run whose chapters are shown")
     parser.add_argument("--force", action="store_true", help="build even if nothing has changed")
+    parser.add_argument("--picture", metavar="FIGURE", help="only copy this figure of the run")
     parsed: Any = parser.parse_args(arguments)
     try:
-        build(parsed.run, force=parsed.force)
+        if parsed.picture:
+            print(_relative(picture(parsed.run, parsed.picture)))
+        else:
+            build(parsed.run, force=parsed.force)
     except (FileNotFoundError, ValueError, runs.Failed) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -192,8 +193,9 @@ def code(chapter: str) -> str:
     return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
-def _imported(source: str) -> set[str]:
-    """Modules of ``helpers`` that a piece of code imports, wherever it does so."""
+@functools.cache
+def _imported(source: str) -> frozenset[str]:
+    """Names of modules of ``helpers`` that a piece of code imports, wherever it does so."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -206,7 +208,7 @@ def _imported(source: str) -> set[str]:
         else:
             continue
         found |= {name.split(".")[1] for name in dotted if name.startswith("helpers.")}
-    return {name for name in found if (REPOSITORY / "helpers" / f"{name}.py").exists()}
+    return frozenset(found)
 
 
 def closure(chapter: str) -> dict[str, str]:
@@ -217,10 +219,12 @@ def closure(chapter: str) -> dict[str, str]:
     dict of str to str
         Module name, e.g. ``"superpixels"``, to the hash of its source file.
     """
-    todo, found = {"runs", "config"} | _imported(code(chapter)), {}
+    todo, found = {"runs", "config", *_imported(code(chapter))}, {}
     while todo:
         name = todo.pop()
         path = REPOSITORY / "helpers" / f"{name}.py"
+        if not path.exists():  # the name of something else, such as a function
+            continue
         found[name] = _hashes.file(path)
         todo |= _imported(path.read_text(encoding="utf-8")) - set(found)
     return dict(sorted(found.items()))

@@ -83,3 +83,19 @@ def test_a_chapter_that_was_not_executed_is_named(run_root):
 def test_warnings_are_picked_from_a_log():
     log = "reading\n\x1b[31mpage.md:3: WARNING: undefined label\x1b[39m\ndone\n"
     assert book._notable(log) == "page.md:3: WARNING: undefined label"
+
+
+def test_one_figure_is_taken_out_of_the_run(chapter, tmp_path, monkeypatch):
+    source, done, path = chapter
+    name = {"mystnb": {"figure": {"name": "fig-one", "caption": "new"}}}
+    source.cells[2].metadata = nbformat.from_dict(name)
+    nbformat.write(source, runs.notebook(CHAPTER))
+    drawn = nbformat.v4.new_output("display_data", data={"image/png": "cGljdHVyZQ=="})
+    done.cells[3].outputs.append(drawn)
+    nbformat.write(done, path)
+    monkeypatch.setattr(book, "BOOK", tmp_path / "book")
+    monkeypatch.setattr(book.config, "CHAPTERS", {CHAPTER: None})
+    (tmp_path / "book" / "images").mkdir(parents=True)
+    assert book.picture("r", "fig-one").read_bytes() == b"picture"
+    with pytest.raises(ValueError, match="has drawn a figure called 'fig-two'"):
+        book.picture("r", "fig-two")
