@@ -262,8 +262,11 @@ def prompt(
     labels = superpixels(image, n_segments, compactness=compactness, sigma=sigma)
     points = draw_points(labels, n_points, rng=rng)
     proposals = propose(
-        sam, embed(sam, image), points.reshape(-1, 2),
-        points_per_batch=points_per_batch, mask_choice=mask_choice,
+        sam,
+        embed(sam, image),
+        points.reshape(-1, 2),
+        points_per_batch=points_per_batch,
+        mask_choice=mask_choice,
     )
     return Prompted(labels, points, proposals)
 
@@ -309,9 +312,7 @@ def choose_anchors(
         labels = cluster(
             vectors[rows], distance_threshold=distance_threshold * side, linkage=linkage
         )
-        best = anchor_index(
-            masks[rows], proposals.iou[rows], labels, iou_duplicate=iou_duplicate
-        )
+        best = anchor_index(masks[rows], proposals.iou[rows], labels, iou_duplicate=iou_duplicate)
         index[i] = rows[best]
         support[i] = (labels == labels[best]).sum() / k
     return index, support
@@ -363,7 +364,10 @@ def anchors(
     n, k = prompted.points.shape[:2]
     if clustered:
         index, support = choose_anchors(
-            prompted.proposals, n, distance_threshold=distance_threshold, linkage=linkage,
+            prompted.proposals,
+            n,
+            distance_threshold=distance_threshold,
+            linkage=linkage,
             iou_duplicate=iou_duplicate,
         )
     else:
@@ -418,7 +422,9 @@ def _finish(prompted, index, support, iou_merge, min_area, max_area) -> Segmenta
     area = masks.mean((1, 2))
     small, large = area < max(min_area, 1 / max(1, masks[:1].size)), area > max_area
     dropped = {
-        "empty": int((index < 0).sum()), "small": int(small.sum()), "large": int(large.sum())
+        "empty": int((index < 0).sum()),
+        "small": int(small.sum()),
+        "large": int(large.sum()),
     }
     found, masks = found[~small & ~large], masks[~small & ~large]
     scores = proposals.iou[index[found]].astype(np.float64)
@@ -520,9 +526,15 @@ def slic_baseline(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np
     -------
     (m, H, W) bool ndarray
     """
+
     def attempt(ask: float) -> np.ndarray:
-        return slic(check_image(image), max(1, round(ask)), compactness=compactness, sigma=2.0,
-                    start_label=0)
+        return slic(
+            check_image(image),
+            max(1, round(ask)),
+            compactness=compactness,
+            sigma=2.0,
+            start_label=0,
+        )
 
     return _nearest_count(attempt, n, start=n, rising=True)
 

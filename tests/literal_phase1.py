@@ -40,13 +40,18 @@ def literal_clusters(vectors, threshold):
     while len(clusters) > 1:
         pairs = [
             (
-                np.mean([
-                    np.linalg.norm(vectors[i] - vectors[j])
-                    for i in clusters[a] for j in clusters[b]
-                ]),
-                a, b,
+                np.mean(
+                    [
+                        np.linalg.norm(vectors[i] - vectors[j])
+                        for i in clusters[a]
+                        for j in clusters[b]
+                    ]
+                ),
+                a,
+                b,
             )
-            for a in range(len(clusters)) for b in range(a)
+            for a in range(len(clusters))
+            for b in range(a)
         ]
         distance, a, b = min(pairs)
         if distance > threshold:

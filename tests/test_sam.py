@@ -106,7 +106,7 @@ def test_decoding_several_images_at_once_equals_the_mask_decoder(random_sam):
 @pytest.mark.parametrize("choice", ["largest", "middle", "smallest", "single"])
 def test_mask_choices(random_sam, picture, choice):
     points = np.array([[5, 6], [100, 60]])
-    masks, _, low = _reference(random_sam, picture, points.astype(float))
+    _, _, low = _reference(random_sam, picture, points.astype(float))
     proposals = propose(random_sam, embed(random_sam, picture), points, mask_choice=choice)
     if choice == "single":
         assert proposals.padded.shape == low[:, 0].shape

@@ -135,8 +135,9 @@ def test_perfect_masks_have_no_loss():
 def test_matching_is_the_best_assignment():
     rng = np.random.default_rng(0)
     loss = torch.from_numpy(rng.random((5, 3, 3)))
-    valid = torch.tensor([[True] * 3, [True, False, True], [False, True, False],
-                          [False] * 3, [True, True, False]])
+    valid = torch.tensor(
+        [[True] * 3, [True, False, True], [False, True, False], [False] * 3, [True, True, False]]
+    )
     found = match(loss, valid)
     for m in range(5):
         ks = [k for k in range(3) if valid[m, k]]
@@ -168,13 +169,21 @@ def test_shards_are_not_made_twice(folder):
 def test_training_runs_resumes_and_exports(folder, tmp_path):
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     weights = tmp_path / "sam_small.safetensors"
-    first = train(RECIPE, folder, weights=weights, every=1, checkpoint_every=2,
-                  n_held_out=1, log=lambda _: None)
+    first = train(
+        RECIPE,
+        folder,
+        weights=weights,
+        every=1,
+        checkpoint_every=2,
+        n_held_out=1,
+        log=lambda _: None,
+    )
     assert first.step == 2 and np.isfinite(first.curve[-1]["loss"])
     sam = load_sam(weights)
     assert sam.image_encoder.img_size == 64
-    card, log = weights.with_suffix(".md").read_text(), json.loads(
-        weights.with_suffix(".json").read_text()
+    card, log = (
+        weights.with_suffix(".md").read_text(),
+        json.loads(weights.with_suffix(".json").read_text()),
     )
     assert "SHA-256" in card and "no real annotated tissue" in card
     assert log["recipe"]["steps"] == 2 and len(log["curve"]) == 2
@@ -189,8 +198,10 @@ def test_training_runs_resumes_and_exports(folder, tmp_path):
 
 def test_a_few_steps_lower_the_loss(folder):
     trainer = Trainer(
-        Recipe(steps=40, image_size=64, dim=32, images=2, prompts=4, warmup=1, bf16=False,
-               correct=0.0), Scenes(folder / "scenes"),
+        Recipe(
+            steps=40, image_size=64, dim=32, images=2, prompts=4, warmup=1, bf16=False, correct=0.0
+        ),
+        Scenes(folder / "scenes"),
     )
     losses = [trainer.advance()["loss"] for _ in range(30)]
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])

@@ -1,7 +1,8 @@
 """Phase 1: the fast path against the literal form of the paper, and against its bare passes.
 
-``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and ``--side``
-change the size, ``--checkpoint vit_b --random`` times the official architecture without weights.
+``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and
+``--side`` change the size, ``--checkpoint vit_b --random`` times the official architecture
+without weights.
 """
 
 from __future__ import annotations
