@@ -35,6 +35,7 @@ __all__ = [
     "mixup",
     "synthesise",
     "traditional",
+    "weight_hashes",
 ]
 
 #: Heals composites: (images (n, H, W, 3) uint8, unknown (n, H, W) bool, generators) -> images.
@@ -275,6 +276,43 @@ def synthesise(
             records += found
             bar.update(len(part))
     return records
+
+
+def weight_hashes(checkpoint: str | Path, shipped: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the weights that heal, for the provenance.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        "small", a file, or a folder with safetensors files, as for
+        :func:`helpers.latent.load_latent_diffusion`.
+    shipped : mapping
+        File name to SHA-256 of the weights of this project, which "small" stands for.
+
+    Returns
+    -------
+    dict of str to str
+        File name to SHA-256; no folders, so that the record is the same on every machine.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or no safetensors file in the folder.
+    """
+    if str(checkpoint) == "small":
+        return dict(shipped)
+    path = Path(checkpoint)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(
+            f"latent checkpoint {str(checkpoint)!r} holds no weights: give 'small', a file, or a "
+            "folder with safetensors files"
+        )
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def crop_to(image: np.ndarray, mask: np.ndarray, size: int = 64) -> np.ndarray:

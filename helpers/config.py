@@ -45,11 +45,11 @@ def _as_tuple(value: Any) -> Any:
 
 
 #: Lists in the parameters cell are stored as tuples, so that a configuration is immutable.
-Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 Positive = Annotated[int, Field(ge=1)]
+Counts = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -220,7 +220,7 @@ class SdeMcgInpainting(WithDevice):
 class Synthesis(WithDevice):
     """06 synthesis."""
 
-    n_per_class: Annotated[Ints, Field(description="synthetic images a class, one set each")]
+    n_per_class: Annotated[Counts, Field(description="synthetic images a class, one set each")]
     synthesis_steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps of an image")]
     synthesis_batch: Annotated[Positive, Field(description="images healed at once")]
 

@@ -1,5 +1,6 @@
 """Traditional and mixing augmentation; synthesis that survives a kill bit for bit."""
 
+import hashlib
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import augment
+from helpers import augment, config
 from helpers.replacement import Sampler
 from tests.test_replacement import toy_pool
 
@@ -194,6 +195,26 @@ def test_failing_write_leaves_no_half_image(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         _synthesise(tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_hashes_are_those_of_the_weights_in_use(tmp_path):
+    shipped = {"unet.safetensors": "abc"}
+    assert augment.weight_hashes("small", shipped) == shipped
+    (tmp_path / "own.ckpt").write_bytes(b"weights")
+    (tmp_path / "unet.safetensors").write_bytes(b"more")
+    own = hashlib.sha256(b"weights").hexdigest()
+    assert augment.weight_hashes(tmp_path / "own.ckpt", shipped) == {"own.ckpt": own}
+    more = hashlib.sha256(b"more").hexdigest()
+    assert augment.weight_hashes(tmp_path, shipped) == {"unet.safetensors": more}
+    (tmp_path / "empty").mkdir()
+    for wrong in ("missing.ckpt", "empty"):
+        with pytest.raises(FileNotFoundError, match=f"{wrong}.*holds no weights"):
+            augment.weight_hashes(tmp_path / wrong, shipped)
+
+
+def test_number_of_images_is_checked_before_anything_runs():
+    with pytest.raises(ValueError, match=r"n_per_class\[0\] = 0: should be greater"):
+        config.build("06_synthesis", {"n_per_class": [0, 8]})
 
 
 def test_crop_follows_the_mask_and_stays_inside():
