@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
+from skimage import measure
 
 from helpers import phantom
 
@@ -268,7 +269,10 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
 
 
 def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
-    """Read an instance label map that lies over an image, in the same geometry."""
+    """Read an instance label map that lies over an image, in the same geometry.
+
+    A map with a single value beside 0 is a binary mask: its connected parts are the instances.
+    """
     try:
         with Image.open(path) as picture:
             labels = np.asarray(picture)
@@ -281,6 +285,8 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
             f"label map {path} has shape {labels.shape}, but the image {image_path.name} needs "
             f"{size[::-1]}: one channel, one number a gland, same size as the image."
         )
+    if len(np.unique(labels[labels > 0])) == 1:
+        labels = measure.label(labels > 0, connectivity=1)
     left, top, right, bottom = _centre_box(*size)
     step = (np.arange(image_size) + 0.5) / image_size
     rows = np.minimum((top + step * (bottom - top)).astype(int), size[1] - 1)

@@ -205,6 +205,7 @@ def test_csv_with_patients_splits_and_masks(tmp_path):
         rows.append((f"pictures/{i}.png", "ab"[i % 2], f"p{i // 3}"))
     mask = np.zeros((40, 48), np.uint8)
     mask[10:30, 20:40] = 7
+    mask[2:8, 10:16] = 9
     Image.fromarray(mask).save(tmp_path / "m.png")
     table = pd.DataFrame(rows, columns=["path", " label", "patient"])
     table["mask"] = ["m.png"] + [None] * 11
@@ -214,8 +215,8 @@ def test_csv_with_patients_splits_and_masks(tmp_path):
     assert data.records["patient"].nunique() == 4
     # 48 x 40 is cut to the central 40 x 40: columns 4 to 44
     instances = data.instances(data.records["image_id"][0])
-    assert set(np.unique(instances)) == {0, 7}
-    assert np.array_equal(instances == 7, mask[:, 4:44] == 7)
+    assert set(np.unique(instances)) == {0, 7, 9}
+    assert np.array_equal(instances, mask[:, 4:44])
     assert data.instances(data.records["image_id"][1]) is None
 
 
@@ -489,6 +490,7 @@ def fake_glas(root, *, header=None):
         save(root / "images" / f"train_{i}.bmp", size=(60, 40), seed=i)
         mask = np.zeros((40, 60), np.uint8)
         mask[5:20, 20:40] = i + 1
+        mask[25:35, 22:30] = i + 2
         Image.fromarray(mask).save(root / "masks" / f"train_{i}.png")
     (root / "Grade.csv").write_text("\n".join(lines) + "\n")
 
@@ -499,13 +501,22 @@ def test_glas_layout(tmp_path):
     check(data, 40)
     assert data.classes == datasets.GLAS_CLASSES
     assert (data.counts()[["train", "val", "test"]] == 2).all().all()
-    assert data.instances("train_6").max() == 7
+    assert np.unique(data.instances("train_6")).tolist() == [0, 7, 8]
     assert datasets.load("glas", root=tmp_path, image_size=40, n_classes=2).classes == (
         "benign", "malignant",
     )  # fmt: skip
     (tmp_path / "images" / "train_3.bmp").unlink()
     with pytest.warns(UserWarning, match="1 of 30 images"):
         assert len(datasets.load("glas", root=tmp_path, image_size=40)) == 29
+
+
+def test_the_parts_of_a_binary_mask_are_instances(tmp_path):
+    fake_glas(tmp_path)
+    path = tmp_path / "masks" / "train_6.png"
+    Image.fromarray(np.where(np.array(Image.open(path)), 255, 0).astype(np.uint8)).save(path)
+    labels = datasets.load("glas", root=tmp_path, image_size=40).instances("train_6")
+    assert np.unique(labels).tolist() == [0, 1, 2]
+    assert [(labels == i).sum() for i in (1, 2)] == [15 * 20, 10 * 8]
 
 
 def test_glas_with_another_table(tmp_path):
