@@ -739,7 +739,7 @@ def _rate(progress: float, step: int, recipe: Recipe) -> float:
     if progress < recipe.decay_from:
         return 1.0
     x = (progress - recipe.decay_from) / (1 - recipe.decay_from)
-    return 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(x, 1.0)))
+    return 0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * min(x, 1.0))))
 
 
 class Trainer:

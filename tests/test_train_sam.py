@@ -3,6 +3,7 @@
 import itertools
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,6 +195,18 @@ def test_training_runs_resumes_and_exports(folder, tmp_path):
     for key, value in first.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key])
     assert first.advance() == pytest.approx(again.advance(), rel=1e-4)
+
+
+def test_a_run_whose_rate_decays_resumes(folder, tmp_path):
+    trainer = Trainer(replace(RECIPE, steps=4, warmup=1, decay_from=0.0), Scenes(folder / "scenes"))
+    for _ in range(2):
+        trainer.advance()
+    trainer.save(tmp_path / "checkpoint.pt")
+    again = Trainer(trainer.recipe, Scenes(folder / "scenes"))
+    again.resume(tmp_path / "checkpoint.pt")
+    rates = [group["lr"] for group in again.optimiser.param_groups]
+    assert 0 < rates[0] < RECIPE.rate
+    assert rates == [group["lr"] for group in trainer.optimiser.param_groups]
 
 
 def test_a_few_steps_lower_the_loss(folder):
