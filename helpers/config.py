@@ -180,7 +180,9 @@ class ProbabilisticReplacement(Common):
     exclude_own_image: Annotated[bool, Field(description="never draw from the target's own image")]
     exclude_own_patient: Annotated[bool, Field(description="nor from the target's own patient")]
     refuse_border: Annotated[bool, Field(description="refuse segments cut by the image border")]
-    placement: Annotated[Literal["moments", "boxes"], Field(description="affine transform from")]
+    placement: Annotated[
+        Literal["fit", "moments", "boxes"], Field(description="affine transform from")
+    ]
     scale_min: Annotated[PositiveFloat, Field(description="smallest scale of the transform")]
     scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
     stretch_max: Annotated[float, Field(ge=1, description="largest ratio of its two scales")]
@@ -189,6 +191,11 @@ class ProbabilisticReplacement(Common):
         Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
     ]
     band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
+    fit_tries: Annotated[Positive, Field(description="draws for a target until one fits")]
+    gap: Annotated[
+        Literal["inpaint", "context"],
+        Field(description="uncovered target: repainted, or covered with the source's surroundings"),
+    ]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
     area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
     n_composites: Annotated[Positive, Field(description="composites made a class")]

@@ -18,11 +18,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from helpers.pool import Segments
+from helpers.pool import Pool, Segments, append, check_leakage, rows_by_image
 
 with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -35,6 +36,7 @@ __all__ = [
     "crop",
     "ctranspath_network",
     "embed_segments",
+    "extend",
     "lite0_state_dict",
     "load_extractor",
 ]
@@ -185,6 +187,62 @@ def embed_segments(
             out[rows] = extractor.embed(np.stack([image for _, image in part]), batch)
             bar.update(len(part))
     return out
+
+
+def extend(
+    pool: Pool,
+    extractor: Extractor,
+    segments: Segments,
+    get_image: Callable[[str], np.ndarray],
+    *,
+    records: pd.DataFrame | None = None,
+    batch: int = 32,
+    progress: bool = False,
+) -> Pool:
+    """Add the segments of new images to a pool; what is there is neither read nor computed again.
+
+    Parameters
+    ----------
+    pool : Pool
+        For example from :meth:`helpers.pool.Pool.load`.
+    extractor : Extractor
+        The one the pool was built with.
+    segments : Segments
+        Images that the pool has already are passed over, so that the segments of a growing folder
+        can be given as a whole.
+    get_image : callable
+        image_id -> (H, W, 3) uint8 ndarray; asked for new images only.
+    records : DataFrame, optional
+        All images of the study, for the guard against leakage, see :func:`helpers.pool.build`.
+    batch, progress
+        As in :func:`embed_segments`.
+
+    Returns
+    -------
+    Pool
+        The rows of `pool` unchanged, the new ones after them.
+
+    Raises
+    ------
+    ValueError
+        If the pool was made with another extractor, or as :func:`helpers.pool.append`.
+    """
+    theirs = pool.provenance.get("extractor", extractor.name)
+    if theirs != extractor.name:
+        raise ValueError(
+            f"the pool was built with the extractor {theirs!r}, not {extractor.name!r}: features "
+            "of two networks cannot be compared; load that extractor, or build the pool again"
+        )
+    new = sorted(set(segments.images["image_id"]) - set(pool.images["image_id"]))
+    if not new:
+        return pool
+    segments = segments.select(image_id=new)
+    check_leakage(segments.table, records=records)  # before any work is done
+    background = pool.provenance.get("background", "keep")
+    features = embed_segments(
+        extractor, segments, get_image, background=background, batch=batch, progress=progress
+    )
+    return append(pool, segments, features, records=records)
 
 
 def load_extractor(
@@ -409,8 +467,7 @@ def _crops(
     segments: Segments, get_image: Callable[[str], np.ndarray], background: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Row and crop of every segment; each image is read once."""
-    ids = segments.table["image_id"].to_numpy()
-    for image_id in dict.fromkeys(ids):
+    for image_id, rows in rows_by_image(segments.table).items():
         image = get_image(image_id)
-        for row in np.flatnonzero(ids == image_id):
+        for row in rows:
             yield int(row), crop(image, segments.mask(row), background=background)

@@ -10,9 +10,12 @@ patient, score, border) travels in further keys, which readers of COCO ignore.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +44,7 @@ __all__ = [
     "map_to_plane",
     "neighbour_agreement",
     "neighbour_recall",
+    "rows_by_image",
     "save_coco",
     "tidy",
 ]
@@ -52,6 +56,7 @@ COLUMNS = (
 )  # fmt: skip
 _IMAGE_KEYS = ("image_id", "label", "split", "patient", "site", "dataset")
 FORMAT = 1
+_POOL_FILES = ("segments.json", "features.npz")
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,11 @@ def collect(images: pd.DataFrame, segments: Mapping[str, Any]) -> Segments:
     return Segments(images, table[list(COLUMNS)], tuple(rles))
 
 
+def rows_by_image(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Row numbers of each image, images in the order of the table; cost linear in its rows."""
+    return dict(table.groupby("image_id", sort=False).indices)
+
+
 def tidy(segments: Segments) -> Segments:
     """Keep the largest connected part of every segment and fill its holes.
 
@@ -181,10 +191,8 @@ def tidy(segments: Segments) -> Segments:
     Segments
         In the same order; area, centroid, box and border are measured anew.
     """
-    ids = segments.table["image_id"].to_numpy()
     cleaned = {}
-    for image_id in dict.fromkeys(ids):
-        rows = np.flatnonzero(ids == image_id)
+    for image_id, rows in rows_by_image(segments.table).items():
         cleaned[image_id] = SimpleNamespace(
             masks=np.stack([_largest_part(segments.mask(i)) for i in rows]),
             scores=segments.table["score"].to_numpy()[rows],
@@ -212,7 +220,7 @@ def drop_duplicates(segments: Segments, *, iou: float = 0.9) -> Segments:
         raise ValueError(f"iou={iou}: give an overlap above 0 and up to 1")
     keep = np.ones(len(segments), bool)
     scores = segments.table["score"].to_numpy()
-    for rows in segments.table.groupby("image_id", sort=False).indices.values():
+    for rows in rows_by_image(segments.table).values():
         order = rows[np.argsort(-scores[rows], kind="stable")]
         codes = [segments.rles[i] for i in order]
         same = np.asarray(coco.iou(codes, codes, [0] * len(codes))) >= iou
@@ -264,19 +272,21 @@ def load_coco(path: str | os.PathLike) -> Segments:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the file is absent, or is no COCO document.
+        If the file is absent, is no COCO document, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no segment file {path}: run chapter 02_anchor_clustering first")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): write it again with chapter 02") from None
+    document = _read_json(path, "02")
     missing = {"images", "annotations", "categories"} - set(document)
     if missing:
         raise ValueError(f"{path} is no COCO file: it lacks {sorted(missing)}")
-    return _from_coco(document)
+    try:
+        return _from_coco(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): write it again with chapter 02"
+        ) from error
 
 
 # --- pool -----------------------------------------------------------------------------------------
@@ -434,10 +444,12 @@ class Pool:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``segments.json`` (COCO), ``features.npz`` and ``provenance.json`` to `folder`.
 
-        Loading them again gives the same pool without any network or PCA.
+        Loading them again gives the same pool without any network or PCA. The provenance holds the
+        hashes of the other two and is written last, so that a save that was cut short is noticed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        save_coco(folder / "segments.json", self.images, self.segments)
         arrays: dict[str, np.ndarray] = {"features": self.features}
         for number, label in enumerate(self.pcas):
             pca = self.pcas[label]
@@ -451,11 +463,11 @@ class Pool:
             "format": FORMAT,
             "provenance": self.provenance,
             "pcas": [[label, pca.n_samples] for label, pca in self.pcas.items()],
+            "sha256": {name: _sha256(folder / name) for name in _POOL_FILES},
         }
         partial = folder / "provenance.json.partial"
         partial.write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
         os.replace(partial, folder / "provenance.json")
-        save_coco(folder / "segments.json", self.images, self.segments)
         return folder
 
     @classmethod
@@ -465,30 +477,26 @@ class Pool:
         Raises
         ------
         FileNotFoundError, ValueError
-            If a file is absent, or the files do not belong together.
+            If a file is absent or damaged, the files do not belong together, or a segment is not
+            for training.
         """
         folder = Path(folder)
-        for name in ("segments.json", "features.npz", "provenance.json"):
+        for name in (*_POOL_FILES, "provenance.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"no pool in {folder}: {name} is absent; run chapter 03_pca_pooling first"
                 )
         segments = load_coco(folder / "segments.json")
-        meta = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        with np.load(folder / "features.npz", allow_pickle=False) as arrays:
-            features = arrays["features"]
-            pcas = {
-                label: ClassPca(
-                    arrays[f"mean_{k}"], arrays[f"components_{k}"], arrays[f"ratio_{k}"], n
-                )
-                for k, (label, n) in enumerate(meta["pcas"])
-            }
-        if len(features) != len(segments):
-            raise ValueError(
-                f"{folder}: {len(features)} feature rows for {len(segments)} segments; the "
-                "files are of different pools, run chapter 03_pca_pooling again"
-            )
         check_leakage(segments.table)
+        meta = _read_json(folder / "provenance.json", "03")
+        features, pcas = _read_arrays(folder / "features.npz", meta)
+        wrong = [n for n in _POOL_FILES if meta.get("sha256", {}).get(n) != _sha256(folder / n)]
+        if wrong or len(features) != len(segments):
+            raise ValueError(
+                f"{folder}: {', '.join(wrong) or 'features'} not as saved with this pool "
+                f"({len(features)} feature rows for {len(segments)} segments): the files are "
+                "damaged or of different pools, run chapter 03_pca_pooling again"
+            )
         return cls(
             segments.table, segments.rles, features, pcas, segments.images, meta["provenance"]
         )
@@ -534,17 +542,9 @@ def build(
         If a segment is from another split, a patient is in two splits, numbers of segments and
         features differ, features are not finite, or nothing is left.
     """
-    features = np.asarray(features, np.float32)
-    if features.ndim != 2 or len(features) != len(segments):
-        raise ValueError(
-            f"features have shape {features.shape}, but there are {len(segments)} segments: "
-            "give one row a segment"
-        )
+    features = _checked(features, len(segments))
     if n_components < 1:
         raise ValueError(f"n_components={n_components}: keep at least one component")
-    if not np.isfinite(features).all():
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))[:5]
-        raise ValueError(f"features of rows {bad.tolist()} are not finite: check the extractor")
     check_leakage(segments.table, split=split, records=records)
     large = _fraction(segments) >= min_area
     dropped = int((~large).sum())
@@ -554,35 +554,51 @@ def build(
             f"no segment is left for the pool ({dropped} are smaller than min_area={min_area}): "
             "lower min_area, or check the segmentation"
         )
-    return _fit(segments, features, n_components, dropped, dict(provenance or {}))
+    provenance = dict(provenance or {}) | {"min_area": float(min_area), "dropped_small": dropped}
+    return _fit(segments, features, n_components, provenance)
 
 
-def append(pool: Pool, segments: Segments, features: np.ndarray) -> Pool:
-    """Add segments to a pool without fitting anything again.
+def append(
+    pool: Pool,
+    segments: Segments,
+    features: np.ndarray,
+    *,
+    records: pd.DataFrame | None = None,
+) -> Pool:
+    """Add segments of new images to a pool without fitting anything again.
 
     The new features are projected with the components of their class, so that the rows that are
-    there stay as they are.
+    there stay as they are. :func:`helpers.features.extend` computes the features as well.
 
     Parameters
     ----------
     pool : Pool
+        It is not changed.
     segments : Segments
-        Of classes and split that the pool has; images must be new.
+        Of classes and split that the pool has; images must be new. Those below the smallest area
+        that the pool was built with are dropped and counted.
     features : (m, d) ndarray
         From the same extractor.
+    records : DataFrame, optional
+        All images of the study, as for :func:`build`.
+
+    Returns
+    -------
+    Pool
+        Its provenance counts the segments appended, on which no component was fitted.
 
     Raises
     ------
     ValueError
-        If a class is new, an image is in the pool already, or a segment is not for training.
+        If a class is new, an image is in the pool already, features do not fit, or a segment is
+        not for training.
     """
-    check_leakage(segments.table)
-    new = sorted(set(segments.table["label"]) - set(pool.pcas))
-    if new:
-        raise ValueError(f"the pool has no components for class {new[0]!r}: build the pool again")
-    again = sorted(set(segments.table["image_id"]) & set(pool.table["image_id"]))
-    if again:
-        raise ValueError(f"images {again[:5]} are in the pool already: append new images only")
+    features = _checked(features, len(segments))
+    check_leakage(segments.table, records=records)
+    _check_new(pool, segments, features)
+    large = _fraction(segments) >= pool.provenance.get("min_area", 0.0)
+    dropped = int((~large).sum())
+    segments, features = segments.select(large), features[large]
     labels = segments.table["label"].to_numpy()
     scores = np.zeros((len(segments), pool.features.shape[1]), np.float32)
     for label in dict.fromkeys(labels):
@@ -591,12 +607,16 @@ def append(pool: Pool, segments: Segments, features: np.ndarray) -> Pool:
         scores[rows, : part.shape[1]] = part
     table = pd.concat([pool.table, segments.table], ignore_index=True)
     table["segment_id"] = np.arange(1, len(table) + 1)
+    provenance = dict(pool.provenance)
+    for key, more in (("appended", len(segments)), ("dropped_small", dropped)):
+        provenance[key] = provenance.get(key, 0) + more
     return replace(
         pool,
         table=table,
         rles=pool.rles + segments.rles,
         features=np.concatenate([pool.features, scores]),
         images=pd.concat([pool.images, segments.images], ignore_index=True),
+        provenance=provenance,
     )
 
 
@@ -612,7 +632,8 @@ def check_leakage(
     split : str
         The only split allowed.
     records : DataFrame, optional
-        All images with split, patient and dataset: a patient of `table` must be in `split` alone.
+        All images with image_id, split, patient and dataset: images of `table` must be in `split`
+        there too, and their patients in `split` alone.
 
     Raises
     ------
@@ -630,6 +651,13 @@ def check_leakage(
         )
     if records is None:
         return
+    elsewhere = records.loc[records["split"] != split, "image_id"].astype(str)
+    named = sorted(set(elsewhere) & set(table["image_id"]))
+    if named:
+        raise ValueError(
+            f"leakage: images {named[:5]} are said to be of {split!r}, but the records put them "
+            "in another split; make the segments again from the records"
+        )
     inside = _patients(table)
     outside = _patients(records[records["split"] != split])
     both = sorted(inside & outside)
@@ -736,9 +764,37 @@ def map_to_plane(features: np.ndarray, *, seed: int = 0) -> np.ndarray:
 # --- inner parts ----------------------------------------------------------------------------------
 
 
-def _fit(
-    segments: Segments, features: np.ndarray, n_components: int, dropped: int, provenance: dict
-) -> Pool:
+def _checked(features: np.ndarray, n: int) -> np.ndarray:
+    """Features as float32, one finite row a segment."""
+    features = np.asarray(features, np.float32)
+    if features.ndim != 2 or len(features) != n:
+        raise ValueError(
+            f"features have shape {features.shape}, but there are {n} segments: "
+            "give one row a segment"
+        )
+    if not np.isfinite(features).all():
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))[:5]
+        raise ValueError(f"features of rows {bad.tolist()} are not finite: check the extractor")
+    return features
+
+
+def _check_new(pool: Pool, segments: Segments, features: np.ndarray) -> None:
+    """Refuse what a pool cannot take in without being fitted again."""
+    new = sorted(set(segments.table["label"]) - set(pool.pcas))
+    if new:
+        raise ValueError(f"the pool has no components for class {new[0]!r}: build the pool again")
+    again = sorted(set(segments.images["image_id"]) & set(pool.images["image_id"]))
+    if again:
+        raise ValueError(f"images {again[:5]} are in the pool already: append new images only")
+    d = len(next(iter(pool.pcas.values())).mean)
+    if features.shape[1] != d:
+        raise ValueError(
+            f"the features have length {features.shape[1]}, those of the pool {d}: use the "
+            f"extractor of the pool ({pool.provenance.get('extractor', 'not recorded')})"
+        )
+
+
+def _fit(segments: Segments, features: np.ndarray, n_components: int, provenance: dict) -> Pool:
     labels = segments.table["label"].to_numpy()
     order = dict.fromkeys(labels)
     kept = {c: min(n_components, int((labels == c).sum()), features.shape[1]) for c in order}
@@ -748,7 +804,7 @@ def _fit(
         rows = np.flatnonzero(labels == label)
         pcas[label] = _fit_class(features[rows], kept[label])
         scores[rows, : kept[label]] = pcas[label].transform(features[rows])
-    provenance |= {"n_components": n_components, "dropped_small": dropped}
+    provenance |= {"n_components": n_components}
     return Pool(segments.table, segments.rles, scores, pcas, segments.images, provenance)
 
 
@@ -758,13 +814,15 @@ def _fit_class(features: np.ndarray, p: int) -> ClassPca:
         unit = np.zeros((1, features.shape[1]), np.float32)
         unit[0, 0] = 1
         return ClassPca(features[0].copy(), unit, np.zeros(1), 1)
+    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # Many rows: eigenvectors of the (d, d) covariance cost n d^2 once, where the decomposition of
+    # the whole matrix costs several times that. Centring first keeps its digits.
+    solver = "covariance_eigh" if len(features) > 2 * features.shape[1] else "full"
     with np.errstate(invalid="ignore", divide="ignore"):  # identical rows have no variance
-        pca = PCA(p, svd_solver="full" if min(features.shape) <= 2000 else "covariance_eigh")
-        pca.fit(features)
+        pca = PCA(p, svd_solver=solver).fit(features - mean)
     ratio = np.nan_to_num(np.asarray(pca.explained_variance_ratio_, np.float64))
-    return ClassPca(
-        pca.mean_.astype(np.float32), pca.components_.astype(np.float32), ratio, len(features)
-    )
+    components = np.ascontiguousarray(pca.components_, np.float32)
+    return ClassPca(mean + pca.mean_.astype(np.float32), components, ratio, len(features))
 
 
 def _fraction(segments: Segments) -> np.ndarray:
@@ -887,10 +945,13 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
         [_image_row(image) for image in document["images"]],
         columns=[*_IMAGE_KEYS, "height", "width"],
     )
+    ours = "format" in document.get("info", {})
     rows, rles = [], []
     for a in document["annotations"]:
         image = boxes_of[a["image_id"]]
         rle = _rle(a["segmentation"], image["height"], image["width"])
+        if ours and int(coco.area(rle)) != a["area"]:
+            raise ValueError(f"the mask of annotation {a['id']} has not the area it was saved with")
         rles.append(rle)
         rows.append(_segment_row(a, _image_row(image), labels.get(a.get("category_id"), ""), rle))
     labelled = dict(zip((r["image_id"] for r in rows), (r["label"] for r in rows), strict=True))
@@ -955,6 +1016,41 @@ def _decode(rles: dict | list[dict]) -> np.ndarray:
     with warnings.catch_warnings():  # pycocotools has not followed numpy 2 in one signature
         warnings.simplefilter("ignore", DeprecationWarning)
         return coco.decode(rles).astype(bool)
+
+
+def _read_json(path: Path, chapter: str) -> dict:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no JSON, or cut short ({error}): write it again with chapter {chapter}"
+        ) from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds no JSON object: write it again with chapter {chapter}")
+    return document
+
+
+def _read_arrays(path: Path, meta: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, ClassPca]]:
+    """Features and projections of a saved pool; one error for whatever is wrong with the file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pcas = {
+                label: ClassPca(
+                    arrays[f"mean_{k}"], arrays[f"components_{k}"], arrays[f"ratio_{k}"], n
+                )
+                for k, (label, n) in enumerate(meta["pcas"])
+            }
+            return arrays["features"], pcas
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or not of this pool ({type(error).__name__}: {error}): run "
+            "chapter 03_pca_pooling again"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _ascii(counts: bytes | str) -> str:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from skimage import data
 
 from helpers import features
-from helpers.pool import collect
+from helpers.pool import Pool, build, collect
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +226,85 @@ def test_unknown_extractor_and_needless_path():
         features.load_extractor("resnet")
     with pytest.raises(ValueError, match="leave the path out"):
         features.load_extractor("lite0", path="x.pth")
+
+
+# --- a pool that grows ----------------------------------------------------------------------------
+
+
+class Counting(torch.nn.Module):
+    """Mean colours of the four quarters of a crop; counts what it is asked."""
+
+    seen = 0
+
+    def forward(self, x):
+        type(self).seen += len(x)
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """Segments of six images, and a pool of the first four on disk."""
+    rng = np.random.default_rng(2)
+    ids = [f"im{k}" for k in range(6)]
+    images = {k: rng.integers(0, 256, (24, 33, 3), dtype=np.uint8) for k in ids}
+    masks = {k: np.zeros((3, 24, 33), bool) for k in ids}
+    for k in ids:
+        for j in range(3):
+            y, x = rng.integers(1, 12, 2)
+            masks[k][j, y : y + 6 + j, x : x + 9] = True
+    table = pd.DataFrame(
+        [
+            {"image_id": k, "label": "ab"[i % 2], "split": "train", "patient": f"p{i}",
+             "dataset": "toy", "height": 24, "width": 33}
+            for i, k in enumerate(ids)
+        ]
+    )  # fmt: skip
+    segments = collect(table, masks)
+    network = features.Extractor("toy", 12, Counting(), (0.5,) * 3, (0.5,) * 3)
+    first = segments.select(image_id=ids[:4])
+    raw = features.embed_segments(network, first, images.__getitem__)
+    build(first, raw, n_components=4, provenance={"extractor": "toy"}).save(tmp_path)
+    Counting.seen = 0
+    return tmp_path, segments, network, images, table
+
+
+def test_a_saved_pool_grows_without_asking_the_extractor_again(growing):
+    folder, segments, network, images, table = growing
+    pool, read = Pool.load(folder), []
+
+    def get_image(image_id):
+        read.append(image_id)
+        return images[image_id]
+
+    more = features.extend(pool, network, segments, get_image, records=table)
+    assert Counting.seen == 6 and read == ["im4", "im5"]  # the new ones only
+    assert len(more) == 18
+    np.testing.assert_array_equal(more.features[:12], pool.features)
+    more.save(folder)
+    again = Pool.load(folder)
+    np.testing.assert_array_equal(again.features, more.features)
+    for i in range(18):
+        np.testing.assert_array_equal(again.mask(i), more.mask(i))
+    same = features.extend(again, network, segments, get_image)
+    assert same is again and Counting.seen == 6  # nothing is new
+    direct = features.embed_segments(network, segments.select(image_id="im4"), images.__getitem__)
+    np.testing.assert_allclose(
+        more.features[12:15], pool.pcas["a"].transform(direct), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_what_may_not_grow_is_refused_before_any_work(growing):
+    folder, segments, network, images, table = growing
+    pool = Pool.load(folder)
+    other = features.Extractor("other", 12, Counting(), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="extractor 'toy', not 'other'"):
+        features.extend(pool, other, segments, images.__getitem__)
+    test = table.assign(split=["train"] * 5 + ["test"])
+    with pytest.raises(ValueError, match=r"leakage.*im5"):
+        features.extend(pool, network, segments, images.__getitem__, records=test)
+    shared = test.assign(
+        patient=["p0", "p1", "p2", "p3", "p4", "p4"], image_id=[*table["image_id"][:5], "x"]
+    )
+    with pytest.raises(ValueError, match=r"patients \['p4'\]"):
+        features.extend(pool, network, segments, images.__getitem__, records=shared)
+    assert Counting.seen == 0

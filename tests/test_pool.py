@@ -415,3 +415,111 @@ def test_duplicates_count_once_and_the_better_score_stays():
     assert len(pooling.drop_duplicates(segments, iou=1.0)) == 4
     with pytest.raises(ValueError, match="iou=0"):
         pooling.drop_duplicates(segments, iou=0)
+
+
+# --- growing, damaged and large pools -------------------------------------------------------------
+
+
+def saved(tmp_path, segments, raw):
+    pooling.build(segments, raw, provenance={"extractor": "toy"}).save(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["segments.json", "features.npz", "provenance.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_damaged_files_give_one_clear_error(tmp_path, segments, raw, name, damage):
+    path = saved(tmp_path, segments, raw) / name
+    content = bytearray(path.read_bytes())
+    if damage == "noise":
+        content[len(content) // 2 : len(content) // 2 + 40] = bytes(range(90, 130))
+    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": content}[damage])
+    with pytest.raises(ValueError, match=r"chapter 0[23]"):
+        Pool.load(tmp_path)
+
+
+def test_files_of_two_pools_of_equal_size_are_told_apart(tmp_path, segments, raw):
+    a, b = saved(tmp_path / "a", segments, raw), saved(tmp_path / "b", segments, raw[::-1])
+    (b / "features.npz").replace(a / "features.npz")
+    with pytest.raises(ValueError, match=r"features\.npz not as saved"):
+        Pool.load(a)
+
+
+def test_a_mask_that_was_changed_is_noticed(tmp_path, segments):
+    save_coco(tmp_path / "s.json", segments.images, segments)
+    document = json.loads((tmp_path / "s.json").read_text())
+    counts = document["annotations"][5]["segmentation"]["counts"]
+    document["annotations"][5]["segmentation"]["counts"] = counts[: len(counts) // 2]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="annotation 6 has not the area"):
+        load_coco(tmp_path / "s.json")
+    del document["annotations"][5]["segmentation"]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"damaged \(KeyError: 'segmentation'\)"):
+        load_coco(tmp_path / "s.json")
+
+
+def test_pycocotools_loads_the_annotations_of_a_saved_pool(tmp_path, segments, raw):
+    pool = pooling.build(segments, raw)
+    pool.save(tmp_path)
+    coco = COCO(str(tmp_path / "segments.json"))
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert [a["id"] for a in annotations] == pool.table["segment_id"].tolist()
+    for i, annotation in enumerate(annotations):
+        mask = coco.annToMask(annotation)
+        assert mask.shape == (H, W)  # not square
+        np.testing.assert_array_equal(mask, pool.mask(i))
+        x, y, w, h = (int(v) for v in annotation["bbox"])
+        assert mask[y : y + h, x : x + w].sum() == annotation["area"]
+    b = coco.getAnnIds(catIds=coco.getCatIds(catNms=["b"]))
+    assert len(b) == len(pool.of_class("b"))
+
+
+def test_append_checks_features_area_and_records(segments, raw):
+    old = segments.select(image_id=["im0", "im1", "im2"])
+    new = segments.select(image_id=["im4", "im5"])
+    limit = float(np.median(new.table["area"])) / (H * W)
+    pool = pooling.build(old, raw[:12], n_components=5, min_area=0.002)
+    pool.provenance["min_area"] = limit
+    more = pooling.append(pool, new, raw[16:])
+    assert (more.table["area"][len(pool) :] >= limit * H * W).all()
+    assert more.provenance["appended"] == len(more) - len(pool) < len(new)
+    assert more.provenance["dropped_small"] == len(new) - more.provenance["appended"]
+    assert "appended" not in pool.provenance  # the pool given is as it was
+    with pytest.raises(ValueError, match="length 7, those of the pool 20"):
+        pooling.append(pool, new, np.zeros((8, 7)))
+    with pytest.raises(ValueError, match="one row a segment"):
+        pooling.append(pool, new, raw[:3])
+    elsewhere = records().assign(split=["train"] * 4 + ["test"] * 2)
+    with pytest.raises(ValueError, match=r"leakage: images \['im4', 'im5'\]"):
+        pooling.append(pool, new, raw[16:], records=elsewhere)
+
+
+def test_the_records_overrule_what_segments_say_of_their_split(segments, raw):
+    truth = records().assign(patient=range(6), split=["train"] * 5 + ["val"])
+    with pytest.raises(ValueError, match=r"images \['im5'\].*records"):
+        pooling.build(segments, raw, records=truth)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_pca_of_many_rows_by_its_covariance_is_the_decomposition(offset):
+    """The fast solver keeps its digits also far from the origin, where covariances cancel."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(500, 12)) * np.geomspace(3, 0.05, 12) + offset).astype(np.float32)
+    pca = pooling._fit_class(x, 8)
+    centred = x.astype(float) - x.astype(float).mean(0)
+    _, s, vt = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(pca.explained_variance_ratio, (s**2 / (s**2).sum())[:8], rtol=1e-3)
+    scores, expected = pca.transform(x), centred @ vt[:8].T
+    sign = np.sign((scores * expected).sum(0))
+    np.testing.assert_allclose(scores * sign, expected, atol=2e-3 + offset * 1e-5)
+
+
+def test_cost_of_many_images_is_linear():
+    """Rows are grouped by image once, not searched for each image."""
+    n = 20_000
+    table = pd.DataFrame({"image_id": [f"image-{k // 4}" for k in range(n)]})
+    start = time.process_time()
+    groups = pooling.rows_by_image(table)
+    assert time.process_time() - start < 2
+    assert len(groups) == n // 4 and list(groups)[:2] == ["image-0", "image-1"]
+    np.testing.assert_array_equal(groups["image-3"], [12, 13, 14, 15])

@@ -1,0 +1,406 @@
+"""Placement (step 11): affine transforms that carry one segment onto another, and their warps.
+
+Coordinates are (x, y) in pixels, the centre of the first pixel at (0, 0). An affine transform is a
+(2, 3) array that maps (x, y, 1) of the source to (x, y) of the target.
+
+Warping is done by PyTorch, many images at once, on the CPU as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch.nn.functional import grid_sample
+
+__all__ = [
+    "affine_by_fit",
+    "affine_from_boxes",
+    "affine_from_moments",
+    "axis_scales",
+    "iou",
+    "moments",
+    "reach",
+    "warp_image",
+    "warp_images",
+    "warp_mask",
+    "warp_masks",
+]
+
+#: Overlap that a mirror image has to gain before it is taken.
+_MIRROR_GAIN = 0.01
+_FIT_SIDE = 48  # pixels across the target, for the search of the best overlap
+_FIT_STEPS = 100  # evaluations of the overlap
+
+
+# --- moments and boxes ----------------------------------------------------------------------------
+
+
+def moments(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centroid and covariance of a mask.
+
+    Parameters
+    ----------
+    mask : (H, W) bool ndarray
+
+    Returns
+    -------
+    centroid : (2,) float64 ndarray
+        (x, y), pixels.
+    covariance : (2, 2) float64 ndarray
+        Pixels squared, with every pixel taken as a unit square (1/12 on the diagonal), so that
+        lines and single pixels have a size, too.
+
+    Raises
+    ------
+    ValueError
+        If the mask is empty.
+    """
+    m = cv2.moments(np.ascontiguousarray(mask, np.uint8), binaryImage=True)
+    if m["m00"] == 0:
+        raise ValueError("the mask is empty: a segment needs at least one pixel")
+    centroid = np.array([m["m10"], m["m01"]]) / m["m00"]
+    covariance = np.array([[m["mu20"], m["mu11"]], [m["mu11"], m["mu02"]]]) / m["m00"]
+    return centroid, covariance + np.eye(2) / 12
+
+
+def affine_from_moments(
+    source_mask: np.ndarray,
+    target_mask: np.ndarray,
+    *,
+    scale_limits: tuple[float, float] = (0.5, 2.0),
+    stretch_limit: float = 1.5,
+    mirror: bool = True,
+) -> np.ndarray:
+    r"""Affine transform that carries centroid and second moments of one mask onto another's.
+
+    With the principal axes :math:`C = R\,\mathrm{diag}(\lambda)\,R^\top` of both masks,
+    :math:`A = R_t\,\mathrm{diag}(\sqrt{\lambda_t / \lambda_s})\,R_s^\top`. Axes have no direction,
+    so A, its turn by 180 degrees, and their mirror images all match the moments: the one whose
+    warped mask overlaps the target most is taken, a mirror image only if it gains a hundredth, and
+    at a tie the smaller turn.
+
+    Parameters
+    ----------
+    source_mask, target_mask : (h, w) and (H, W) bool ndarray
+    scale_limits : tuple of float
+        The scale along each principal axis is held within these limits.
+    stretch_limit : float
+        Largest ratio of the two scales; both give way equally, which keeps the area. A strong
+        stretch would turn round nuclei into spindles, and the shape of nuclei is what a grade is
+        read from. Where a limit holds, the moments match as far as it allows.
+    mirror : bool
+        Allow mirror images. Tissue has no handedness, and a section may lie either way up.
+
+    Returns
+    -------
+    (2, 3) float64 ndarray
+
+    Raises
+    ------
+    ValueError
+        If a mask is empty or the limits are not ``0 < low <= high``.
+    """
+    _check_limits(scale_limits, stretch_limit)
+    (c_s, cov_s), (c_t, cov_t) = moments(source_mask), moments(target_mask)
+    (lam_s, r_s), (lam_t, r_t) = _axes(cov_s), _axes(cov_t)
+    scale = _limited(np.sqrt(lam_t / lam_s), scale_limits, stretch_limit)
+    flips = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]])[: 4 if mirror else 2]
+    affines = [_about(r_t @ np.diag(scale * flip) @ r_s.T, c_s, c_t) for flip in flips]
+    warped = warp_masks([source_mask] * len(flips), affines, target_mask.shape)
+    overlap = np.array([iou(mask, target_mask) for mask in warped])
+    overlap[2:] -= _MIRROR_GAIN
+    best = np.flatnonzero(overlap >= overlap.max() - 1e-9)
+    return affines[max(best, key=lambda k: np.trace(affines[k][:, :2]))]
+
+
+def affine_from_boxes(
+    source_mask: np.ndarray,
+    target_mask: np.ndarray,
+    *,
+    scale_limits: tuple[float, float] = (0.5, 2.0),
+    stretch_limit: float = 1.5,
+) -> np.ndarray:
+    """Affine transform that carries one bounding box onto another, without turning.
+
+    Parameters, returns and errors as :func:`affine_from_moments`.
+    """
+    _check_limits(scale_limits, stretch_limit)
+    (x_s, y_s, w_s, h_s), (x_t, y_t, w_t, h_t) = _box(source_mask), _box(target_mask)
+    scale = _limited(np.array([w_t / w_s, h_t / h_s]), scale_limits, stretch_limit)
+    centre_s = np.array([x_s + (w_s - 1) / 2, y_s + (h_s - 1) / 2])
+    centre_t = np.array([x_t + (w_t - 1) / 2, y_t + (h_t - 1) / 2])
+    return _about(np.diag(scale), centre_s, centre_t)
+
+
+def axis_scales(affine: np.ndarray) -> tuple[float, float]:
+    """Largest and smallest scale of an affine transform (its singular values)."""
+    large, small = np.linalg.svd(np.asarray(affine)[:, :2], compute_uv=False)
+    return float(large), float(small)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks; 0 for two empty ones."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 0.0
+
+
+# --- best overlap ---------------------------------------------------------------------------------
+
+
+def affine_by_fit(
+    source_mask: np.ndarray,
+    target_mask: np.ndarray,
+    *,
+    scale_limits: tuple[float, float] = (0.5, 2.0),
+    stretch_limit: float = 1.5,
+    mirror: bool = True,
+) -> np.ndarray:
+    """Affine transform of the largest overlap, searched from the one by moments.
+
+    Moments describe an ellipse; where a segment is none, a shift or turn overlaps more. Position,
+    turn, size and stretch are improved by the simplex method [nelder]_ on small pictures of both
+    masks; the limits of :func:`affine_from_moments` hold throughout, and what it gives is kept
+    where nothing better is found.
+
+    Parameters, returns and errors as :func:`affine_from_moments`.
+
+    References
+    ----------
+    .. [nelder] Nelder and Mead, A simplex method for function minimization, 1965.
+    """
+    start = affine_from_moments(
+        source_mask, target_mask,
+        scale_limits=scale_limits, stretch_limit=stretch_limit, mirror=mirror,
+    )  # fmt: skip
+    small_target, to_small = _small(target_mask, margin=0.25)
+    small_source, from_source = _small(source_mask, margin=0.02)
+    from_small = cv2.invertAffineTransform(from_source)
+    radius = np.sqrt(np.count_nonzero(target_mask) / np.pi)
+    vary = _variations(start, moments(target_mask)[0], radius, scale_limits, stretch_limit)
+
+    def loss(parameters: np.ndarray) -> float:
+        affine = _chain(to_small, vary(parameters), from_small)
+        moved = cv2.warpAffine(small_source, affine, small_target.shape[::-1])
+        shared = np.minimum(moved, small_target).sum()
+        return -float(shared / (moved.sum() + small_target.sum() - shared))
+
+    steps = np.diag([0.08, 0.08, 0.15, 0.15, 0.08, 0.15])
+    found = minimize(
+        loss,
+        np.zeros(6),
+        method="Nelder-Mead",
+        options={"initial_simplex": np.vstack([np.zeros(6), steps]), "maxfev": _FIT_STEPS},
+    )
+    both = [start, vary(found.x)]
+    warped = warp_masks([source_mask] * 2, both, target_mask.shape)
+    return both[int(iou(warped[1], target_mask) > iou(warped[0], target_mask))]
+
+
+def _variations(affine, centre, radius, limits, stretch):
+    """Function of (shift x, y, turn after, turn before, log size, log stretch) around an affine."""
+    matrix = affine[:, :2]
+    fixed = np.linalg.solve(matrix, centre - affine[:, 2])  # goes to the centre
+    left, scale, right = np.linalg.svd(matrix)
+
+    def vary(parameters: np.ndarray) -> np.ndarray:
+        x, y, after, before, size, stretched = parameters
+        varied = scale * np.exp(size + np.array([stretched, -stretched]) / 2)
+        varied = _limited(varied, limits, stretch)
+        turned = _turn(after) @ left @ np.diag(varied) @ _turn(before) @ right
+        return _about(turned, fixed, centre + radius * np.array([x, y]))
+
+    return vary
+
+
+def _small(mask: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """Small picture of a mask, coverage in [0, 1], and the affine transform that leads to it."""
+    x, y, w, h = _box(mask)
+    pad = int(np.ceil(margin * max(w, h))) + 1
+    part = np.pad(mask[y : y + h, x : x + w].astype(np.float32), pad)
+    k = min(_FIT_SIDE / max(part.shape), 1.0)
+    shape = [max(round(side * k), 1) for side in part.shape]
+    small = cv2.resize(part, shape[::-1], interpolation=cv2.INTER_AREA)
+    k_x, k_y = shape[1] / part.shape[1], shape[0] / part.shape[0]
+    # Pixel centres: (x + 1/2) k - 1/2.
+    shift_x = (pad - x + 0.5) * k_x - 0.5
+    shift_y = (pad - y + 0.5) * k_y - 0.5
+    return small, np.array([[k_x, 0, shift_x], [0, k_y, shift_y]])
+
+
+def _chain(*affines: np.ndarray) -> np.ndarray:
+    """One transform for several, the last one first."""
+    product = np.eye(3)
+    for affine in affines:
+        product = product @ np.vstack([affine, [0, 0, 1]])
+    return product[:2]
+
+
+# --- warps ----------------------------------------------------------------------------------------
+
+
+def warp_images(
+    images: Sequence[np.ndarray] | np.ndarray,
+    affines: Sequence[np.ndarray] | np.ndarray,
+    shape: tuple[int, int],
+    *,
+    device: str = "cpu",
+) -> np.ndarray:
+    """Warp images bilinearly into frames of one shape, mirrored beyond their border.
+
+    Parameters
+    ----------
+    images : (n, h, w, 3) uint8 ndarray or sequence
+    affines : (n, 2, 3) ndarray or sequence
+    shape : tuple of int
+        H, W of the frames.
+    device : str
+        A torch device.
+
+    Returns
+    -------
+    (n, H, W, 3) uint8 ndarray
+
+    Raises
+    ------
+    ValueError
+        If the numbers of images and transforms differ, or a transform cannot be inverted.
+    """
+    stack = np.asarray(images)
+    x = torch.from_numpy(np.ascontiguousarray(stack)).to(device).permute(0, 3, 1, 2).float()
+    out = _warp(x, affines, shape, "reflection").round().clamp(0, 255)
+    return out.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def warp_masks(
+    masks: Sequence[np.ndarray] | np.ndarray,
+    affines: Sequence[np.ndarray] | np.ndarray,
+    shape: tuple[int, int],
+    *,
+    device: str = "cpu",
+) -> np.ndarray:
+    """Warp masks into frames of one shape: inside is what they cover, bilinearly, at least by half.
+
+    Parameters, returns and errors as :func:`warp_images`, with (n, h, w) bool masks.
+    """
+    stack = np.ascontiguousarray(np.asarray(masks), np.uint8)
+    x = torch.from_numpy(stack).to(device)[:, None].float()
+    return (_warp(x, affines, shape, "zeros")[:, 0] >= 0.5).cpu().numpy()
+
+
+def warp_image(image: np.ndarray, affine: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """One image of :func:`warp_images`."""
+    return warp_images(image[None], affine[None], shape)[0]
+
+
+def warp_mask(mask: np.ndarray, affine: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """One mask of :func:`warp_masks`."""
+    return warp_masks(mask[None], affine[None], shape)[0]
+
+
+def reach(
+    mask: np.ndarray, affine: np.ndarray, shape: tuple[int, int], *, margin: int = 2
+) -> tuple[slice, slice]:
+    """Box of a frame (rows, columns) outside of which the warped mask has no pixel.
+
+    Parameters
+    ----------
+    mask : (h, w) bool ndarray
+        Not empty.
+    affine : (2, 3) ndarray
+    shape : tuple of int
+        H, W of the frame.
+    margin : int
+        Pixels around it.
+
+    Returns
+    -------
+    tuple of slice
+        Within the frame; empty where the mask leaves it.
+    """
+    x, y, w, h = _box(mask)
+    corners = np.array([[x - 1, y - 1], [x + w, y - 1], [x - 1, y + h], [x + w, y + h]], float)
+    moved = corners @ affine[:, :2].T + affine[:, 2]
+    low = np.floor(moved.min(axis=0)).astype(int) - margin
+    high = np.ceil(moved.max(axis=0)).astype(int) + margin + 1
+    return tuple(
+        slice(int(np.clip(low[k], 0, side)), int(np.clip(high[k], 0, side)))
+        for k, side in ((1, shape[0]), (0, shape[1]))
+    )
+
+
+@torch.inference_mode()
+def _warp(
+    x: torch.Tensor, affines: Sequence[np.ndarray] | np.ndarray, shape: tuple[int, int], beyond: str
+) -> torch.Tensor:
+    """(n, c, h, w) to (n, c, H, W); `beyond` is grid_sample's padding mode."""
+    affines = np.asarray(affines, np.float64)
+    if affines.shape != (len(x), 2, 3):
+        raise ValueError(
+            f"{len(x)} images, but affine transforms of shape {affines.shape}: give "
+            f"({len(x)}, 2, 3)"
+        )
+    (h, w), (rows, columns) = x.shape[-2:], shape
+    determinant = np.linalg.det(affines[:, :, :2])
+    if not np.isfinite(affines).all() or (np.abs(determinant) < 1e-12).any():
+        raise ValueError("an affine transform cannot be inverted: it flattens its image")
+    back = np.linalg.inv(affines[:, :, :2])  # from the frame to the image
+    offset = -np.einsum("nij,nj->ni", back, affines[:, :, 2])
+    # grid_sample wants -1 and 1 at the centres of the outermost pixels.
+    half = np.array([max(w - 1, 1), max(h - 1, 1)]) / 2
+    theta = np.concatenate([back, offset[:, :, None]], axis=2) / half[:, None]
+    theta[:, :, 2] -= 1
+    theta = torch.from_numpy(theta.astype(np.float32)).to(x.device)[..., None, None]
+    along = torch.arange(columns, device=x.device).float()
+    down = torch.arange(rows, device=x.device).float()[:, None]
+    grid = theta[:, :, 0] * along + (theta[:, :, 1] * down + theta[:, :, 2])  # (n, 2, H, W)
+    return grid_sample(
+        x, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode=beyond, align_corners=True
+    )
+
+
+# --- inner parts ----------------------------------------------------------------------------------
+
+
+def _check_limits(limits: tuple[float, float], stretch: float) -> None:
+    if not 0 < limits[0] <= limits[1]:
+        raise ValueError(f"scale_limits={limits}: give 0 < low <= high")
+    if not stretch >= 1:
+        raise ValueError(f"stretch_limit={stretch}: give a ratio of 1 or more")
+
+
+def _limited(scale: np.ndarray, limits: tuple[float, float], stretch: float) -> np.ndarray:
+    """Scales of the two axes with their ratio, then their size, held within the limits."""
+    mean = np.sqrt(scale[0] * scale[1])
+    half = np.sqrt(stretch)
+    return np.clip(np.clip(scale, mean / half, mean * half), *limits)
+
+
+def _axes(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, largest first, and a proper rotation whose columns are the axes."""
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1], vectors[:, ::-1].copy()
+    # Sign of the long axis fixed (x up, then y up), the short one follows by a quarter turn.
+    if vectors[0, 0] < 0 or (vectors[0, 0] == 0 and vectors[1, 0] < 0):
+        vectors[:, 0] *= -1
+    vectors[:, 1] = [-vectors[1, 0], vectors[0, 0]]
+    return values, vectors
+
+
+def _turn(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def _about(matrix: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Affine with linear part `matrix` that maps the point `source` to `target`."""
+    return np.column_stack([matrix, target - matrix @ source])
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    x, y, w, h = cv2.boundingRect(np.ascontiguousarray(mask, np.uint8))
+    if w == 0:
+        raise ValueError("the mask is empty: a segment needs at least one pixel")
+    return x, y, w, h

@@ -1,0 +1,262 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from helpers import placement as place
+
+
+def ellipse(x, y, a, b, degrees=0.0, shape=(160, 200)):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    t = np.deg2rad(degrees)
+    u = (columns - x) * np.cos(t) + (rows - y) * np.sin(t)
+    v = -(columns - x) * np.sin(t) + (rows - y) * np.cos(t)
+    return (u / a) ** 2 + (v / b) ** 2 <= 1
+
+
+# --- moments and boxes ---
+
+
+def test_moments_of_an_ellipse():
+    """Closed form: second moments a^2/4 and b^2/4 along the axes."""
+    a, b, degrees = 40, 18, 25
+    centroid, covariance = place.moments(ellipse(90.3, 71.6, a, b, degrees))
+    t = np.deg2rad(degrees)
+    r = np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
+    np.testing.assert_allclose(centroid, [90.3, 71.6], atol=0.1)
+    np.testing.assert_allclose(
+        covariance, r @ np.diag([a**2 / 4, b**2 / 4]) @ r.T, rtol=0.02, atol=1
+    )
+
+
+@pytest.mark.parametrize("angle_s", [0, 33, 90, 171])
+@pytest.mark.parametrize("angle_t", [0, 60, 135])
+def test_affine_between_ellipses_is_the_closed_form(angle_s, angle_t):
+    source = ellipse(60, 62, 40, 20, angle_s)
+    target = ellipse(110, 80, 48, 30, angle_t)
+    affine = place.affine_from_moments(source, target, stretch_limit=9)
+    centroid, covariance = place.moments(source)
+    matrix = affine[:, :2]
+    np.testing.assert_allclose(
+        matrix @ centroid + affine[:, 2], place.moments(target)[0], atol=1e-9
+    )
+    np.testing.assert_allclose(
+        matrix @ covariance @ matrix.T, place.moments(target)[1], rtol=1e-9, atol=1e-7
+    )
+    assert np.linalg.det(matrix) == pytest.approx(48 * 30 / (40 * 20), rel=0.02)  # no reflection
+    np.testing.assert_allclose(place.axis_scales(affine), [30 / 20, 48 / 40], rtol=0.02)
+    warped = place.warp_mask(source, affine, target.shape)
+    assert (warped & target).sum() / (warped | target).sum() > 0.95
+
+
+def egg(x, y, r, degrees, shape=(160, 200)):
+    """A shape with one blunt and one pointed end."""
+    t = np.deg2rad(degrees)
+    tip = ellipse(x + r * np.cos(t), y + r * np.sin(t), r * 0.45, r * 0.3, degrees, shape)
+    return ellipse(x, y, r, r * 0.6, degrees, shape) | tip
+
+
+@pytest.mark.parametrize("turn", range(0, 360, 30))
+def test_the_half_turn_is_resolved_by_overlap(turn):
+    source, target = egg(70, 80, 35, 20), egg(100, 75, 35, 20 + turn)
+    affine = place.affine_from_moments(source, target)
+    warped = place.warp_mask(source, affine, target.shape)
+    assert (warped & target).sum() / (warped | target).sum() > 0.93
+    t = np.deg2rad(turn)
+    rotation = np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
+    np.testing.assert_allclose(affine[:, :2], rotation, atol=0.06)
+
+
+def test_same_mask_gives_the_identity_and_shift_a_shift():
+    mask = egg(80, 70, 30, 15)
+    identity = np.array([[1.0, 0, 0], [0, 1, 0]])
+    np.testing.assert_allclose(place.affine_from_moments(mask, mask), identity, atol=1e-9)
+    np.testing.assert_allclose(place.affine_from_boxes(mask, mask), identity, atol=1e-9)
+    moved = np.roll(mask, (7, -12), axis=(0, 1))
+    shift = np.array([[1.0, 0, -12], [0, 1, 7]])
+    np.testing.assert_allclose(place.affine_from_moments(mask, moved), shift, atol=1e-9)
+    np.testing.assert_allclose(place.affine_from_boxes(mask, moved), shift, atol=1e-9)
+
+
+def test_symmetric_shapes_take_the_smaller_turn():
+    mask = np.zeros((60, 60), bool)
+    mask[20:40, 10:50] = True  # a half turn changes nothing
+    assert np.trace(place.affine_from_moments(mask, mask)[:, :2]) > 0
+
+
+def test_limits_of_scale_and_stretch():
+    small, large = ellipse(60, 60, 10, 8), ellipse(100, 80, 60, 50)
+    up = place.affine_from_moments(small, large, scale_limits=(0.5, 2))
+    np.testing.assert_allclose(place.axis_scales(up), [2, 2])
+    down = place.affine_from_moments(large, small, scale_limits=(0.5, 2))
+    np.testing.assert_allclose(place.axis_scales(down), [0.5, 0.5])
+    long, disc = ellipse(80, 80, 40, 10), ellipse(80, 80, 20, 20)
+    free = place.axis_scales(place.affine_from_moments(long, disc, stretch_limit=9))
+    np.testing.assert_allclose(free, [2, 0.5], rtol=0.02)
+    held = place.axis_scales(place.affine_from_moments(long, disc, stretch_limit=1.5))
+    assert held[0] / held[1] == pytest.approx(1.5)
+    assert held[0] * held[1] == pytest.approx(free[0] * free[1], rel=0.02)  # the area is kept
+    for bad in ({"scale_limits": (2, 1)}, {"scale_limits": (0, 1)}, {"stretch_limit": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            place.affine_from_moments(long, disc, **bad)
+
+
+def test_boxes_are_carried_onto_boxes():
+    source, target = np.zeros((40, 60), bool), np.zeros((80, 90), bool)
+    source[10:20, 5:25] = True
+    target[30:45, 40:60] = True
+    affine = place.affine_from_boxes(source, target)
+    np.testing.assert_allclose(affine, [[1, 0, 35], [0, 1.5, 37 - 1.5 * 14.5]])
+    np.testing.assert_array_equal(place.warp_mask(source, affine, target.shape), target)
+
+
+@pytest.mark.parametrize(
+    "make", [place.affine_from_moments, place.affine_from_boxes, place.affine_by_fit]
+)
+def test_degenerate_masks(make):
+    one, line, none = np.zeros((3, 30, 30), bool)
+    one[4, 5] = line[3:20, 7] = True
+    for source, target in ((one, one), (one, line), (line, one), (line, line)):
+        assert np.isfinite(make(source, target)).all()
+    with pytest.raises(ValueError, match="empty"):
+        make(none, one)
+    with pytest.raises(ValueError, match="empty"):
+        make(one, none)
+
+
+# --- warps ---
+
+
+def test_warps_agree_with_the_affine_on_points():
+    image = np.zeros((50, 70, 3), np.uint8)
+    image[20:23, 30:33] = 255
+    affine = np.array([[0.0, -1, 60], [1, 0, 5]])  # (31, 21) -> (39, 36)
+    out = place.warp_image(image, affine, (60, 80))
+    assert out.shape == (60, 80, 3) and (out[35:38, 38:41] == 255).all()
+    mask = place.warp_mask(image[..., 0] > 0, affine, (60, 80))
+    np.testing.assert_array_equal(np.argwhere(mask).mean(0), [36, 39])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batched_warps_are_those_of_opencv_one_by_one(seed):
+    """Bilinear, mirrored beyond the border; OpenCV rounds positions to 1/32 pixel."""
+    rng = np.random.default_rng(seed)
+    n, h, w, shape = 5, 37, 53, (61, 45)
+    small = rng.integers(0, 256, (n, 6, 8, 3), dtype=np.uint8)
+    images = np.stack([cv2.resize(i, (w, h), interpolation=cv2.INTER_CUBIC) for i in small])
+    matrices = np.eye(2) * rng.uniform(0.6, 1.7, (n, 1, 1)) + rng.normal(size=(n, 2, 2)) * 0.3
+    affines = np.concatenate([matrices, rng.uniform(-8, 12, (n, 2, 1))], axis=2)
+    got = place.warp_images(images, affines, shape)
+    assert got.shape == (n, *shape, 3) and got.dtype == np.uint8
+    for k in range(n):
+        expected = cv2.warpAffine(
+            images[k].astype(np.float32), affines[k], shape[::-1], borderMode=cv2.BORDER_REFLECT_101
+        )
+        difference = np.abs(got[k] - expected)
+        assert difference.mean() < 0.6 and np.quantile(difference, 0.99) < 4
+        np.testing.assert_array_equal(got[k], place.warp_image(images[k], affines[k], shape))
+    masks = images[..., 0] > 128
+    warped = place.warp_masks(masks, affines, shape)
+    for k in range(n):
+        coverage = cv2.warpAffine(masks[k].astype(np.float32), affines[k], shape[::-1])
+        assert (warped[k] == (coverage >= 0.5)).mean() > 0.99
+        np.testing.assert_array_equal(warped[k], place.warp_mask(masks[k], affines[k], shape))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_warps_on_the_gpu_are_those_of_the_cpu():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 40, 52, 3), dtype=np.uint8)
+    affines = np.tile([[0.9, -0.2, 6.0], [0.3, 1.1, -4.0]], (4, 1, 1))
+    a, b = (place.warp_images(images, affines, (33, 47), device=d) for d in ("cpu", "cuda"))
+    assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_warp_errors():
+    image = np.zeros((2, 8, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match="2 images"):
+        place.warp_images(image, np.zeros((1, 2, 3)), (4, 4))
+    with pytest.raises(ValueError, match="flattens"):
+        place.warp_images(image, np.zeros((2, 2, 3)), (4, 4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_of_a_mask_lies_beyond_its_reach(seed):
+    rng = np.random.default_rng(seed)
+    mask = ellipse(*rng.uniform(20, 60, 2), *rng.uniform(4, 15, 2), 30, (80, 90))
+    matrix = rng.normal(size=(2, 2)) + np.eye(2)
+    affine = np.column_stack([matrix, rng.uniform(-60, 60, 2)])
+    warped = place.warp_mask(mask, affine, (70, 100))
+    window = place.reach(mask, affine, (70, 100))
+    inside = np.zeros_like(warped)
+    inside[window] = True
+    assert not (warped & ~inside).any()
+    size = inside[window].shape
+    if 0 not in size:  # the window alone gives the same mask
+        local = affine - [[0, 0, window[1].start], [0, 0, window[0].start]]
+        assert (place.warp_mask(mask, local, size) != warped[window]).mean() < 1e-3
+
+
+def comma(turn, shape=(160, 200)):
+    """A shape without mirror symmetry."""
+    parts = np.zeros(shape, bool)
+    for t, r in zip(np.linspace(0, 2.2, 12), np.linspace(16, 5, 12), strict=True):
+        x, y = np.cos(t + turn) * 34, np.sin(t + turn) * 34
+        parts |= ellipse(100 + x, 80 + y, r, r, 0, shape)
+    return parts
+
+
+def test_a_mirror_image_is_taken_where_it_fits_better():
+    source = comma(0.3)
+    target = comma(0.3)[:, ::-1]
+    allowed = place.affine_from_moments(source, target)
+    held = place.affine_from_moments(source, target, mirror=False)
+    assert np.linalg.det(allowed[:, :2]) == pytest.approx(-1, abs=1e-3)
+    assert np.linalg.det(held[:, :2]) > 0
+    fits = [place.iou(place.warp_mask(source, a, target.shape), target) for a in (allowed, held)]
+    assert fits[0] > 0.95 > 0.8 > fits[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fit_never_overlaps_less_than_moments_and_holds_the_limits(seed):
+    rng = np.random.default_rng(seed)
+
+    def blob():
+        parts = [
+            ellipse(*rng.uniform(80, 120, 2), *rng.uniform(8, 30, 2), rng.uniform(0, 180))
+            for _ in range(3)
+        ]
+        return np.logical_or.reduce(parts)
+
+    source, target = blob(), blob()
+    limits = {"scale_limits": (0.7, 1.4), "stretch_limit": 1.3}
+    before = place.affine_from_moments(source, target, **limits)
+    after = place.affine_by_fit(source, target, **limits)
+    overlaps = [
+        place.iou(place.warp_mask(source, a, target.shape), target) for a in (before, after)
+    ]
+    assert overlaps[1] >= overlaps[0]
+    large, small = place.axis_scales(after)
+    assert 0.7 - 1e-6 <= small <= large <= 1.4 + 1e-6 and large / small <= 1.3 + 1e-6
+
+
+def test_fit_overlaps_more_where_moments_are_drawn_away():
+    source = comma(0.0)
+    target = place.warp_mask(source, np.array([[0.8, -0.3, 30.0], [0.3, 0.8, 4.0]]), (160, 200))
+    target[20:34, 20:60] = True  # an island
+    overlaps = [
+        place.iou(place.warp_mask(source, make(source, target), target.shape), target)
+        for make in (place.affine_from_moments, place.affine_by_fit)
+    ]
+    assert overlaps[1] > overlaps[0] + 0.03
+
+
+def test_the_small_picture_lies_where_its_transform_says():
+    mask = ellipse(120, 70, 40, 22, 20)
+    small, affine = place._small(mask, margin=0.25)
+    assert max(small.shape) == place._FIT_SIDE
+    expected = cv2.warpAffine(mask.astype(np.float32), affine, small.shape[::-1])
+    assert np.abs(small - expected).mean() < 0.03
+    m = cv2.moments(small)
+    moved = affine[:, :2] @ place.moments(mask)[0] + affine[:, 2]
+    np.testing.assert_allclose([m["m10"] / m["m00"], m["m01"] / m["m00"]], moved, atol=0.05)

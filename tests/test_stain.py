@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+from skimage import color, data
+
+from helpers import stain
+
+
+@pytest.fixture(scope="module")
+def stained():
+    """Two images with known stain vectors, concentrations and glass."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, stains, strength in (
+        ("one", [[0.65, 0.70, 0.29], [0.27, 0.92, 0.28]], (1.2, 0.8)),
+        ("two", [[0.55, 0.76, 0.34], [0.15, 0.95, 0.27]], (0.8, 1.1)),
+    ):
+        vectors = np.array(stains) / np.linalg.norm(stains, axis=1, keepdims=True)
+        c = rng.gamma(2.0, 0.35, (96, 96, 2)) * strength
+        c[:48, :, 0] *= 0.02  # rows of nearly pure eosin, then of nearly pure haematoxylin
+        c[48:, :, 1] *= 0.02
+        c[:, :12] = 0  # glass
+        made[name] = (
+            np.clip(np.rint(255 * np.exp(-(c @ vectors))), 0, 255).astype(np.uint8),
+            vectors,
+        )
+    return made
+
+
+def test_tissue_mask(stained):
+    mask = stain.tissue_mask(stained["one"][0])
+    assert not mask[:, :12].any() and mask[:, 12:].mean() > 0.7
+    assert not stain.tissue_mask(np.full((4, 4, 3), 255, np.uint8)).any()
+    assert stain.tissue_mask(np.zeros((4, 4, 3), np.uint8)).all()
+
+
+def test_colour_space_is_that_of_skimage():
+    image = data.immunohistochemistry()[:64, :64]
+    np.testing.assert_allclose(stain._lab(image), color.rgb2lab(image), atol=0.4)
+
+
+def test_reinhard_is_the_closed_form():
+    """Mean and standard deviation of tissue in CIELAB become those of the reference."""
+    source, reference = (
+        data.immunohistochemistry()[:128, :128],
+        data.immunohistochemistry()[300:, 300:],
+    )
+    out = stain.match_stain(source, reference, method="reinhard")
+    tissue, other = stain.tissue_mask(source), stain.tissue_mask(reference)
+    lab = color.rgb2lab(source)
+    s, r = lab[tissue], color.rgb2lab(reference)[other]
+    expected = color.lab2rgb((lab - s.mean(0)) / s.std(0) * r.std(0) + r.mean(0)) * 255
+    np.testing.assert_allclose(out[tissue], expected[tissue], atol=2.0)
+    got = color.rgb2lab(out)[tissue]
+    np.testing.assert_allclose(got.mean(0), r.mean(0), atol=0.5)
+    np.testing.assert_allclose(got.std(0), r.std(0), atol=0.8)
+
+
+def test_macenko_finds_the_stains(stained):
+    for image, vectors in stained.values():
+        stains, strength = stain.macenko_stains(image)
+        angle = np.degrees(np.arccos(np.clip((stains * vectors).sum(1), -1, 1)))
+        assert angle.max() < 3
+        assert (strength > 0).all()
+
+
+def test_macenko_carries_one_stain_to_the_other(stained):
+    (one, _), (two, vectors) = stained["one"], stained["two"]
+    out = stain.match_stain(one, two, method="macenko")
+    stains, strength = stain.macenko_stains(out)
+    assert np.degrees(np.arccos(np.clip((stains * vectors).sum(1), -1, 1))).max() < 4
+    np.testing.assert_allclose(strength, stain.macenko_stains(two)[1], rtol=0.1)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_matching_round_trip_and_identity(stained, method):
+    one, two = stained["one"][0], stained["two"][0]
+    same = stain.match_stain(one, one, method=method)
+    assert np.abs(same.astype(int) - one).max() <= 1
+    there = stain.match_stain(one, two, method=method)
+    back = stain.match_stain(there, one, method=method)
+    assert np.abs(there.astype(int) - one).mean() > 5
+    assert np.abs(back.astype(int) - one).mean() < 3
+    np.testing.assert_array_equal(there[:, :12], one[:, :12])  # glass stays glass
+
+
+def test_matching_brings_sites_together(stained):
+    """Nearer to the reference than before, measured in CIELAB over tissue."""
+    one, two = stained["one"][0], stained["two"][0]
+
+    def apart(image):
+        a, b = (color.rgb2lab(i)[stain.tissue_mask(i)].mean(0) for i in (image, two))
+        return np.linalg.norm(a - b)
+
+    for method in ("reinhard", "macenko"):
+        assert apart(stain.match_stain(one, two, method=method)) < 0.35 * apart(one)
+
+
+def test_stain_masks_and_errors(stained):
+    one, two = stained["one"][0], stained["two"][0]
+    np.testing.assert_array_equal(stain.match_stain(one, two, method="none"), one)
+    part = np.zeros((96, 96), bool)
+    part[48:] = True
+    a = stain.match_stain(one, two, mask=part, reference_mask=part)
+    assert (a != stain.match_stain(one, two)).any()
+    with pytest.raises(ValueError, match="'vahadane'"):
+        stain.match_stain(one, two, method="vahadane")
+    for method in ("reinhard", "macenko"):
+        with pytest.raises(ValueError, match="stained pixels"):
+            stain.match_stain(one, np.full_like(two, 255), method=method)
+
+
+# --- literal versions and degenerate images -------------------------------------------------------
+
+
+def literal_macenko(image, alpha=1.0, beta=0.15):
+    """The steps of the paper one by one, with a singular value decomposition and least squares."""
+    density = []
+    for pixel in image.reshape(-1, 3):
+        od = [-np.log(max(float(v), 0.5) / 255) for v in pixel]
+        if sum(od) / 3 > beta:
+            density.append(od)
+    density = np.array(density)
+    _, _, directions = np.linalg.svd(density - density.mean(0), full_matrices=False)
+    plane = directions[:2].T
+    for k in range(2):
+        if plane[:, k].sum() < 0:
+            plane[:, k] *= -1
+    angles = np.array([np.arctan2(*(row @ plane)[::-1]) for row in density])
+    ends = [plane @ [np.cos(a), np.sin(a)] for a in np.percentile(angles, [alpha, 100 - alpha])]
+    stains = np.array(sorted(ends, key=lambda v: -v[0]))
+    amounts = np.linalg.lstsq(stains.T, density.T, rcond=None)[0]
+    return stains, np.percentile(amounts, 99, axis=1)
+
+
+def test_macenko_is_the_literal_version():
+    image = data.immunohistochemistry()[100:164, 200:260]
+    stains, strength = stain.macenko_stains(image)
+    expected, amounts = literal_macenko(image)
+    np.testing.assert_allclose(stains, expected, atol=1e-4)
+    np.testing.assert_allclose(strength, amounts, rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(stains, axis=1), 1)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_parts_measured_once_are_matched_as_the_whole(stained, method):
+    one, two = stained["one"][0], stained["two"][0]
+    measured = [stain.measure_stain(image, method=method) for image in (one, two)]
+    part = stain.apply_stain(one[20:50, 30:70], *measured, method=method)
+    np.testing.assert_array_equal(part, stain.match_stain(one, two, method=method)[20:50, 30:70])
+    with pytest.raises(ValueError, match="'none' is unknown"):
+        stain.measure_stain(one, method="none")
+
+
+def test_a_single_stain_is_no_case_for_macenko(stained):
+    rng = np.random.default_rng(0)
+    amount = rng.gamma(2.0, 0.35, (64, 64, 1))
+    image = 255 * np.exp(-amount * np.array([0.65, 0.70, 0.29]))
+    image = np.clip(np.rint(image + rng.normal(size=image.shape)), 0, 255).astype(np.uint8)
+    with pytest.raises(ValueError, match="single stain"):
+        stain.match_stain(stained["one"][0], image, method="macenko")
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((40, 30, 3), 255, np.uint8),
+        np.full((40, 30, 3), 128, np.uint8),
+        np.zeros((40, 30, 3), np.uint8),
+        np.full((40, 30, 3), (180, 90, 160), np.uint8),
+        (np.indices((40, 30)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2),
+    ],
+    ids=["white", "grey", "black", "one colour", "chessboard"],
+)
+def test_extreme_images_are_refused_or_matched_within_bounds(stained, method, image):
+    """Either a clear error, or a picture whose contrast grew at most by the largest gain."""
+    for source, reference in ((image, stained["one"][0]), (stained["one"][0], image)):
+        try:
+            out = stain.match_stain(source, reference, method=method)
+        except ValueError as error:
+            assert "stained pixels" in str(error) or "single stain" in str(error)
+            continue
+        lab = color.rgb2lab(source)[stain.tissue_mask(source)]
+        got = color.rgb2lab(out)[stain.tissue_mask(source)]
+        assert (got.std(0) <= stain.MAX_GAIN * lab.std(0) + 3).all()
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_noise_of_a_faint_image_is_not_blown_up(stained, method):
+    """A nearly flat source keeps a flat look: its contrast rises threefold at most."""
+    rng = np.random.default_rng(1)
+    flat = (np.array([190, 120, 180]) + rng.normal(size=(64, 64, 3)) * 1.5).round().astype(np.uint8)
+    try:
+        out = stain.match_stain(flat, stained["one"][0], method=method)
+    except ValueError as error:
+        assert "single stain" in str(error)
+        return
+    assert color.rgb2lab(out).std((0, 1)).max() <= 3 * color.rgb2lab(flat).std((0, 1)).max() + 1
