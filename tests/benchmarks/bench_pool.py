@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[5_000, 20_000, 50_000])
     parser.add_argument("--draws", type=int, default=1_000_000)
-    parser.add_argument("--features", type=int, default=512)
+    parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--components", type=int, default=128)
     o, _ = parser.parse_known_args(argv)
     times = {n: of_size(n, o.features, o.components) for n in o.sizes}
