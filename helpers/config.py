@@ -217,11 +217,44 @@ class SdeMcgInpainting(WithDevice):
     latent_checkpoint: Annotated[
         str, Field(min_length=1, description="small, or a CompVis checkpoint")
     ]
-    method: Annotated[Literal["mcg", "projection", "repaint"], Field(description="sampler")]
-    steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps")]
-    eta: Annotated[Fraction, Field(description="noise of a DDIM step: 0 none, 1 ancestral")]
-    alpha: Annotated[NonNegative, Field(description="weight of the MCG gradient")]
+    method: Annotated[
+        Literal["mmps", "mcg", "projection", "repaint"],
+        Field(description="how the known part is imposed"),
+    ]
+    solver: Annotated[
+        Literal["ddim", "euler", "dpm++", "sde-dpm++"],
+        Field(description="how to step from one noise level to the next"),
+    ]
+    steps: Annotated[int, Field(ge=1, le=1000, description="noise levels visited")]
+    eta: Annotated[
+        Fraction | None,
+        Field(description="solver ddim only: noise of a step, 0 none, 1 (None) ancestral"),
+    ]
+    alpha: Annotated[NonNegative, Field(description="method mcg only: weight of the gradient")]
+    n_solve: Annotated[
+        Positive, Field(description="method mmps only: steps of conjugate gradients")
+    ]
+    guided: Annotated[
+        float,
+        Field(gt=0, le=1, description="mmps and mcg: share of steps, the last, with a gradient"),
+    ]
+    context: Annotated[
+        Natural | None, Field(description="pixels seen around the unknown region; None: all")
+    ]
     inpaint_batch: Annotated[Positive, Field(description="images inpainted at once")]
+
+    @model_validator(mode="after")
+    def _go_together(self) -> SdeMcgInpainting:
+        if self.eta is not None and self.solver != "ddim":
+            raise ValueError(
+                f"eta={self.eta} belongs to solver='ddim', not to {self.solver!r}: set eta to None"
+            )
+        if self.method == "repaint" and "dpm" in self.solver:
+            raise ValueError(
+                f"method='repaint' jumps back in time, which solver={self.solver!r} cannot: use "
+                "solver 'ddim' or 'euler'"
+            )
+        return self
 
 
 class Synthesis(WithDevice):

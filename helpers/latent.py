@@ -14,7 +14,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "LatentDiffusion",
     "build_autoencoder",
     "build_unet",
+    "default_autocast",
     "latent_known",
     "load_autoencoder",
     "load_latent_diffusion",
@@ -202,6 +203,36 @@ class LatentDiffusion(nn.Module):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)
+
+    def tune(
+        self, *, channels_last: bool = False, compile: bool = False, checkpointing: bool = False
+    ) -> LatentDiffusion:
+        """Trade memory, starting time and speed of the networks; results change by rounding only.
+
+        Parameters
+        ----------
+        channels_last : bool
+            Keep the channels of a pixel next to each other in memory.
+        compile : bool
+            ``torch.compile`` the UNet: slow at its first calls, faster later. Needs a C++ compiler.
+        checkpointing : bool
+            Compute the UNet's activations again for its gradient instead of keeping them: less
+            memory, one more forward pass for each gradient.
+
+        Returns
+        -------
+        LatentDiffusion
+            This model.
+        """
+        if self.unet is None and (compile or checkpointing):
+            raise ValueError("this LatentDiffusion has no unet to compile or checkpoint: load one")
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compile:
+            self.unet.compile()
+        return self
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Z = E(x), without sampling.
@@ -410,11 +441,24 @@ def load_autoencoder(path: str | Path = AUTOENCODER_WEIGHTS, **options: Any) -> 
     return LatentDiffusion(autoencoder, **{**config["model"], **options})
 
 
+def default_autocast(device: str | torch.device) -> torch.dtype | None:
+    """Precision of the networks that suits a device: bfloat16 on a GPU that has it, else full.
+
+    Processors without bfloat16 units emulate it, which is slower than full precision.
+    """
+    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
 def load_latent_diffusion(
     checkpoint: str | Path = "small",
     *,
     device: str | torch.device = "cpu",
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | Literal["auto"] | None = "auto",
+    channels_last: bool = False,
+    compile: bool = False,
+    checkpointing: bool = False,
 ) -> LatentDiffusion:
     """Load autoencoder and noise network.
 
@@ -426,8 +470,11 @@ def load_latent_diffusion(
         a VQ first stage with an unconditional UNet.
     device : str or torch.device
         Where the networks run.
-    autocast : torch.dtype, optional
-        Precision of the networks, see :class:`LatentDiffusion`.
+    autocast : torch.dtype or "auto", optional
+        Precision of the networks, see :class:`LatentDiffusion`; "auto" is that of
+        :func:`default_autocast`, None full precision.
+    channels_last, compile, checkpointing : bool
+        See :meth:`LatentDiffusion.tune`.
 
     Returns
     -------
@@ -446,6 +493,7 @@ def load_latent_diffusion(
             f"latent checkpoint {str(checkpoint)!r} is neither 'small' nor an existing file or "
             "folder: correct the path"
         )
+    autocast = default_autocast(device) if autocast == "auto" else autocast
     if path.is_dir():
         state, config = _read_weights(path / "unet.safetensors", "unet")
         unet = build_unet(**config["build"])
@@ -454,7 +502,8 @@ def load_latent_diffusion(
         model = load_autoencoder(path / "autoencoder.safetensors", **options)
     else:
         model = _from_compvis(path, autocast)
-    return model.to(device)
+    model = model.to(device)
+    return model.tune(channels_last=channels_last, compile=compile, checkpointing=checkpointing)
 
 
 # --- checkpoints of the CompVis latent diffusion repository ---------------------------------------

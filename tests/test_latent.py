@@ -15,6 +15,7 @@ from helpers.latent import (
     LatentDiffusion,
     build_autoencoder,
     build_unet,
+    default_autocast,
     latent_known,
     load_autoencoder,
     load_latent_diffusion,
@@ -101,6 +102,57 @@ def test_bad_options_are_named(small):
         LatentDiffusion(*small, schedule={**LATENT_SCHEDULE, "beta_schedule": "cosine"})
     with pytest.raises(ValueError, match="no unet"):
         LatentDiffusion(small[0], image_patch=2).eps(torch.zeros(1, 4, 8, 8), 0)
+
+
+@pytest.mark.parametrize("option", ["channels_last", "checkpointing"])
+def test_tuned_networks_compute_the_same(option):
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        build_autoencoder((8, 16)), build_unet((16, 16, 32), attention_head_dim=8, groups=8),
+        image_patch=2, latent_patch=2,
+    )  # fmt: skip
+    z = torch.randn(2, 4, 16, 16)
+
+    def outcome():
+        z_t = z.clone().requires_grad_(True)
+        e = model.eps(z_t, 300)
+        return e.detach(), torch.autograd.grad(e.square().sum(), z_t)[0]
+
+    before = outcome()
+    for one, other in zip(before, (model.tune(**{option: True}), outcome())[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no unet"):
+        LatentDiffusion(build_autoencoder((8, 16)), image_patch=2).tune(checkpointing=True)
+
+
+def test_checkpointing_keeps_less_for_the_gradient():
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        build_autoencoder((8, 16)), build_unet((16, 16, 32), attention_head_dim=8, groups=8),
+        image_patch=2, latent_patch=2,
+    )  # fmt: skip
+
+    def kept():
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.eps(torch.randn(1, 4, 16, 16).requires_grad_(True), 300)
+        return total
+
+    assert kept() > 2 * (model.tune(checkpointing=True), kept())[1]
+
+
+def test_precision_follows_the_device(monkeypatch):
+    assert default_autocast("cpu") is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert default_autocast("cuda:0") is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert default_autocast("cuda") is None
 
 
 def test_weights_come_back_from_files(small, tmp_path):

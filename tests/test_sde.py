@@ -1,0 +1,126 @@
+"""The SDE, its marginals and its loss: against closed forms and diffusers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.latent import LATENT_SCHEDULE
+from helpers.sde import VPSDE, GaussianPrior, dsm_loss, euler_maruyama
+
+SDE = VPSDE()
+A = SDE.alphas_cumprod
+
+
+def gaussian(d=4, seed=0):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(d, d))
+    cov = root @ root.T + 0.1 * np.eye(d)
+    scale = np.sqrt(np.diag(cov))
+    return GaussianPrior(rng.normal(size=d) * 0.3, cov / np.outer(scale, scale), A)
+
+
+def test_discrete_chain_is_that_of_diffusers():
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(**LATENT_SCHEDULE).alphas_cumprod
+    torch.testing.assert_close(A.float(), reference, rtol=1e-5, atol=1e-7)
+
+
+def test_marginals_solve_the_moment_equations():
+    # d mean / dt = -beta mean / 2 and d var / dt = beta (1 - var), integrated with small steps.
+    mean, var, n = 1.0, 0.0, 20_000
+    rates = SDE.beta((torch.arange(n, dtype=torch.float64) + 0.5) / n).tolist()
+    for k, beta in enumerate(rates):
+        mean, var = mean * (1 - 0.5 * beta / n), var + beta * (1 - var) / n
+        if (k + 1) % (n // 4) == 0:
+            t = torch.tensor([(k + 1) / n], dtype=torch.float64)
+            exact, std = SDE.marginal_prob(torch.ones(1, 1, dtype=torch.float64), t)
+            assert float(exact) == pytest.approx(mean, rel=1e-3)
+            assert float(std) ** 2 == pytest.approx(var, rel=1e-3)
+
+
+def test_continuous_and_discrete_marginals_agree():
+    t = (torch.arange(SDE.N, dtype=torch.float64) + 1) / SDE.N
+    mean, std = SDE.marginal_prob(torch.ones(SDE.N, 1, dtype=torch.float64), t)
+    assert (mean.flatten() - A.sqrt()).abs().max() < 3e-3
+    assert (std - (1 - A).sqrt()).abs().max() < 3e-3
+
+
+def test_forward_chain_has_the_closed_form_marginal():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((20_000, 1), 2.0, dtype=torch.float64)
+    for i in range(300):
+        f, g = SDE.discretize(x, torch.full((1,), i))
+        x = x + f + g * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    assert float(x.mean()) == pytest.approx(2 * math.sqrt(A[299]), abs=0.02)
+    assert float(x.var()) == pytest.approx(float(1 - A[299]), abs=0.02)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_reverse_sde_brings_noise_back_to_the_prior(flow):
+    prior = gaussian(2)
+
+    def score(x, t):
+        mean, _ = SDE.marginal_prob(torch.ones(1, 1, dtype=torch.float64), t[:1])
+        return prior.score(x, float(mean) ** 2)
+
+    noise = SDE.prior_sampling((20_000, 2), generator=torch.Generator().manual_seed(1)).double()
+    x = euler_maruyama(
+        SDE.reverse(score, probability_flow=flow),
+        noise,
+        200,
+        generator=torch.Generator().manual_seed(2),
+    ).numpy()
+    assert np.abs(x.mean(0) - prior.mean.numpy()).max() < 0.08
+    assert np.abs(np.cov(x.T) - prior.cov.numpy()).max() < 0.08
+
+
+def test_prior_logp_is_the_normal_density():
+    z = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    normal = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1)
+    torch.testing.assert_close(SDE.prior_logp(z), normal)
+
+
+def test_dsm_loss_is_smallest_at_the_true_score():
+    prior = gaussian(3)
+    generator = torch.Generator().manual_seed(0)
+    root = torch.linalg.cholesky(prior.cov)
+    z0 = prior.mean + torch.randn(20_000, 3, generator=generator, dtype=torch.float64) @ root.T
+    t = torch.full((len(z0),), 400)
+    noise = torch.randn(z0.shape, generator=generator, dtype=torch.float64)
+
+    def loss(change):
+        def network(z, _):
+            return change(prior.eps(z, 400))
+
+        return float(dsm_loss(network, z0, A, t=t, noise=noise).mean())
+
+    best = loss(lambda e: e)
+    assert best < loss(lambda e: 1.1 * e) and best < loss(lambda e: 0.9 * e)
+    assert best < loss(lambda e: e + 0.1) and best < loss(lambda e: e.flip(-1))
+
+
+def test_v_loss_is_the_weighted_eps_loss():
+    z0 = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise, t = torch.randn_like(z0), torch.tensor([0, 9, 200, 500, 900, 999])
+    a = A[t].reshape(-1, 1, 1, 1)
+    guess = torch.randn_like(z0)
+
+    def to_eps(z, _):
+        return a.sqrt() * guess + (1 - a).sqrt() * z
+
+    v = dsm_loss(lambda z, t: guess, z0, A, t=t, noise=noise, prediction="v_prediction")
+    e = dsm_loss(to_eps, z0, A, t=t, noise=noise)
+    torch.testing.assert_close(e, A[t] * v)
+
+
+def test_posterior_is_that_of_the_joint_normal():
+    prior = gaussian(4)
+    known, values = np.array([True, False, True, False]), np.array([0.7, 0, -0.4, 0])
+    rng = np.random.default_rng(0)
+    x = rng.multivariate_normal(prior.mean.numpy(), prior.cov.numpy(), 400_000)
+    near = x[(np.abs(x[:, known] - values[known]) < 0.1).all(1)][:, ~known]
+    mean, cov = prior.posterior(known, values)
+    assert np.abs(near.mean(0) - mean).max() < 0.05 and np.abs(np.cov(near.T) - cov).max() < 0.06
