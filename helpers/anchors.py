@@ -8,15 +8,15 @@ Identity vectors and clusters are computed on masks of low resolution; only anch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
-from skimage.segmentation import felzenszwalb, slic
 
-from helpers.sam import Proposals, check_image, embed, propose
+from helpers.sam import Embedding, Proposals, check_image, embed, propose
 from helpers.superpixels import draw_points, superpixels
 
 LINKAGES = ("average", "complete", "single")
@@ -150,6 +150,58 @@ def anchor_index(
     return int(members[best])
 
 
+def settled(
+    masks: np.ndarray,
+    iou: np.ndarray,
+    labels: np.ndarray,
+    remaining: int,
+    *,
+    iou_duplicate: float = 0.9,
+) -> bool:
+    r"""Whether the anchor of a superpixel can no longer be overtaken by prompts still to come.
+
+    Two conditions, for `remaining` prompts that have not been decoded:
+
+    1. The largest cluster is larger than the second by more than `remaining`.
+    2. The anchor a has more near-duplicates, itself counted, than `remaining` plus the most that
+       any mask unlike it could have by now.
+
+    Why that is enough: 1 - IoU is a metric (Jaccard distance). Let tau be `iou_duplicate`. A mask
+    that shares a near-duplicate with a has an IoU of at least 1 - 2 (1 - tau) with a, 0.8 for
+    tau = 0.9. One that shares none draws its near-duplicates from the other masks, and any two of
+    them have an IoU of at least 1 - 2 (1 - tau) with each other, which bounds how many it can have.
+
+    So as long as the clusters found so far only gain members, the anchor of all prompts has an
+    IoU of at least 1 - 2 (1 - tau) with this one, and is the same mask where masks are equal or
+    far apart. Agglomerative clustering can re-arrange clusters when points are added; how often
+    that changes an anchor is measured in chapter 02.
+
+    Parameters
+    ----------
+    masks, iou, labels, iou_duplicate
+        Proposals so far, as in :func:`anchor_index`.
+    remaining : int
+        Prompts of the superpixel that are not decoded yet.
+
+    Returns
+    -------
+    bool
+    """
+    if remaining < 1:
+        return True
+    if not len(masks):
+        return False
+    size = np.sort(np.append(np.bincount(labels), 0))
+    if size[-1] <= size[-2] + remaining:
+        return False
+    anchor = anchor_index(masks, iou, labels, iou_duplicate=iou_duplicate)
+    members = np.flatnonzero(np.asarray(labels) == labels[anchor])
+    overlap = iou_matrix(masks[members])
+    near = overlap[members == anchor][0] >= iou_duplicate
+    related = overlap[~near][:, ~near] >= 1 - 2 * (1 - iou_duplicate)
+    return bool(near.sum() > related.sum(1).max(initial=0) + remaining)
+
+
 def deduplicate(masks: np.ndarray, scores: np.ndarray, iou: float) -> np.ndarray:
     """Keep one of each group of overlapping masks, best score first.
 
@@ -219,12 +271,15 @@ class Prompted:
     points : (n, K, 2) int64 ndarray
         XY of the prompts.
     proposals : Proposals
-        n x K masks, superpixel by superpixel.
+        n x K masks, superpixel by superpixel; empty where a prompt was not decoded.
+    asked : (n, K) bool ndarray
+        Which prompts were decoded: all of them without early stopping.
     """
 
     labels: np.ndarray
     points: np.ndarray
     proposals: Proposals
+    asked: np.ndarray
 
 
 def prompt(
@@ -238,6 +293,11 @@ def prompt(
     sigma: float = 2.0,
     points_per_batch: int | None = None,
     mask_choice: str = "best",
+    dtype: torch.dtype | None = None,
+    early_stop: bool = False,
+    distance_threshold: float = 0.1,
+    linkage: str = "average",
+    iou_duplicate: float = 0.9,
 ) -> Prompted:
     """Superpixels of an image, K random prompts in each, and the masks they propose.
 
@@ -246,13 +306,17 @@ def prompt(
     sam : Sam
     image : (H, W, 3) uint8 ndarray
     rng : numpy.random.Generator
-        Draws the prompts.
+        Draws the prompts, all of them, with and without early stopping.
     n_segments, n_points : int
         N_s and K of the paper.
     compactness, sigma : float
         Of :func:`helpers.superpixels.superpixels`.
-    points_per_batch, mask_choice
+    points_per_batch, mask_choice, dtype
         Of :func:`helpers.sam.propose`.
+    early_stop : bool
+        Decode the prompts in rounds, and leave a superpixel alone once it is :func:`settled`.
+    distance_threshold, linkage, iou_duplicate
+        Of :func:`choose_anchors`; used by early stopping only.
 
     Returns
     -------
@@ -261,20 +325,116 @@ def prompt(
     image = check_image(image)
     labels = superpixels(image, n_segments, compactness=compactness, sigma=sigma)
     points = draw_points(labels, n_points, rng=rng)
-    proposals = propose(
-        sam,
-        embed(sam, image),
-        points.reshape(-1, 2),
-        points_per_batch=points_per_batch,
-        mask_choice=mask_choice,
-    )
-    return Prompted(labels, points, proposals)
+    embedding = embed(sam, image, dtype=dtype)
+    how = {"points_per_batch": points_per_batch, "mask_choice": mask_choice, "dtype": dtype}
+    if early_stop:
+        clustering = {
+            "distance_threshold": distance_threshold,
+            "linkage": linkage,
+            "iou_duplicate": iou_duplicate,
+        }
+        proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
+    else:
+        proposals = propose(sam, embedding, points.reshape(-1, 2), **how)
+        asked = np.ones(points.shape[:2], bool)
+    return Prompted(labels, points, proposals, asked)
+
+
+def ask_in_rounds(
+    sam: Sam,
+    embedding: Embedding,
+    points: np.ndarray,
+    *,
+    distance_threshold: float = 0.1,
+    linkage: str = "average",
+    iou_duplicate: float = 0.9,
+    step: int = 2,
+    how: dict | None = None,
+) -> tuple[Proposals, np.ndarray]:
+    """Decode prompts in rounds over all superpixels that are not :func:`settled`.
+
+    The first round asks just over half of the K prompts of every superpixel, since fewer can
+    never settle it; each further one asks `step` more where the anchor is still open.
+
+    Parameters
+    ----------
+    sam : Sam
+    embedding : Embedding
+    points : (n, K, 2) int ndarray
+        XY of the prompts, decoded in this order.
+    distance_threshold, linkage, iou_duplicate
+        Of :func:`choose_anchors`.
+    step : int
+        Prompts of a further round in one superpixel.
+    how : dict, optional
+        Settings of :func:`helpers.sam.propose`.
+
+    Returns
+    -------
+    proposals : Proposals
+        n x K, empty where a prompt was not decoded.
+    asked : (n, K) bool ndarray
+    """
+    n, k = points.shape[:2]
+    side = float(np.sqrt(np.prod(embedding.original_size)))
+    asked, unsettled = np.zeros((n, k), bool), np.arange(n)
+    rows, found = [], []
+    per_superpixel: list[list[np.ndarray]] = [[] for _ in range(n)]
+    iou, at = np.zeros((n, k), np.float32), 0
+    for stop in [*range(k // 2 + 1, k, step), k]:
+        part = propose(sam, embedding, points[unsettled, at:stop].reshape(-1, 2), **(how or {}))
+        rows.append((unsettled[:, None] * k + np.arange(at, stop)).ravel())
+        found.append(part)
+        asked[unsettled, at:stop] = True
+        iou[unsettled, at:stop] = part.iou.reshape(len(unsettled), -1)
+        masks = part.masks().reshape(len(unsettled), stop - at, *part.logits.shape[1:])
+        for i, new in zip(unsettled, masks, strict=True):
+            per_superpixel[i].append(new)
+        at = stop
+        unsettled = np.array(
+            [
+                i
+                for i in unsettled
+                if not _is_settled(
+                    np.concatenate(per_superpixel[i]), iou[i, :stop], k - stop,
+                    embedding.original_size, distance_threshold * side, linkage, iou_duplicate,
+                )
+            ],
+            dtype=np.int64,
+        )  # fmt: skip
+        if not len(unsettled):
+            break
+    padded = torch.full((n * k, *found[0].padded.shape[1:]), -1.0)
+    padded[torch.from_numpy(np.concatenate(rows))] = torch.cat([part.padded for part in found])
+    return replace(found[0], padded=padded, iou=iou.ravel()), asked
+
+
+def _is_settled(masks, iou, remaining, size, threshold, linkage, iou_duplicate) -> bool:
+    vectors = identity_vectors(masks, size)
+    filled = np.isfinite(vectors[:, 0])
+    labels = cluster(vectors[filled], distance_threshold=threshold, linkage=linkage)
+    return settled(masks[filled], iou[filled], labels, remaining, iou_duplicate=iou_duplicate)
+
+
+def take(prompted: Prompted, columns: slice) -> Prompted:
+    """Part of the prompts of every superpixel, e.g. ``slice(5)`` for the first five.
+
+    Prompts are drawn in random order without replacement, so the first few of many are a random
+    draw of few: one run with many prompts serves to study smaller K.
+    """
+    n, k = prompted.points.shape[:2]
+    rows = np.arange(n * k).reshape(n, k)[:, columns].ravel()
+    proposals = prompted.proposals
+    part = replace(proposals, padded=proposals.padded[rows], iou=proposals.iou[rows])
+    points, asked = prompted.points[:, columns], prompted.asked[:, columns]
+    return replace(prompted, points=points, proposals=part, asked=asked)
 
 
 def choose_anchors(
     proposals: Proposals,
     n_superpixels: int,
     *,
+    asked: np.ndarray | None = None,
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
@@ -286,6 +446,8 @@ def choose_anchors(
     proposals : Proposals
         n_superpixels x K proposals, superpixel by superpixel.
     n_superpixels : int
+    asked : (n_superpixels, K) bool ndarray, optional
+        Prompts that were decoded; by default all.
     distance_threshold : float
         Relative to the image side s = sqrt(H W).
     linkage, iou_duplicate
@@ -296,7 +458,7 @@ def choose_anchors(
     index : (n_superpixels,) int64 ndarray
         Index into `proposals`, -1 where all proposals are empty.
     support : (n_superpixels,) float64 ndarray
-        Share of the proposals in the winning cluster.
+        Share of the decoded proposals in the winning cluster.
     """
     masks = proposals.masks()
     k = len(masks) // n_superpixels
@@ -314,7 +476,8 @@ def choose_anchors(
         )
         best = anchor_index(masks[rows], proposals.iou[rows], labels, iou_duplicate=iou_duplicate)
         index[i] = rows[best]
-        support[i] = (labels == labels[best]).sum() / k
+        n_asked = k if asked is None else asked[i].sum()
+        support[i] = (labels == labels[best]).sum() / n_asked
     return index, support
 
 
@@ -366,6 +529,7 @@ def anchors(
         index, support = choose_anchors(
             prompted.proposals,
             n,
+            asked=prompted.asked,
             distance_threshold=distance_threshold,
             linkage=linkage,
             iou_duplicate=iou_duplicate,
@@ -386,9 +550,9 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     rng : numpy.random.Generator
         Draws the prompts.
     **settings
-        Of :func:`prompt` (n_segments, n_points, compactness, sigma, points_per_batch, mask_choice)
-        and :func:`anchors` (distance_threshold, linkage, iou_duplicate, iou_merge, min_area,
-        max_area).
+        Of :func:`prompt` (n_segments, n_points, compactness, sigma, points_per_batch, mask_choice,
+        dtype, early_stop) and :func:`anchors` (distance_threshold, linkage, iou_duplicate,
+        iou_merge, min_area, max_area).
 
     Returns
     -------
@@ -401,15 +565,14 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     ValueError
         If the image or a setting is out of range.
     """
-    known = prompt.__kwdefaults__
-    first = {key: value for key, value in settings.items() if key in known}
-    second = {key: value for key, value in settings.items() if key not in known}
-    unknown = set(second) - set(anchors.__kwdefaults__)
-    if unknown:
+    of_prompt, of_anchors = set(prompt.__kwdefaults__), set(anchors.__kwdefaults__)
+    if unknown := set(settings) - of_prompt - of_anchors:
         raise TypeError(
             f"segment() has no setting {sorted(unknown)}; "
-            f"known are {sorted({*known, *anchors.__kwdefaults__})}."
+            f"known are {sorted(of_prompt | of_anchors)}."
         )
+    first = {key: value for key, value in settings.items() if key in of_prompt}
+    second = {key: value for key, value in settings.items() if key in of_anchors}
     return anchors(prompt(sam, image, rng=rng, **first), **second)
 
 
@@ -515,65 +678,3 @@ def best_iou(masks: np.ndarray, instances: np.ndarray, *, min_area: float = 0.0)
         both = np.bincount(glands[mask], minlength=len(ids) + 1)[1:]
         best = np.maximum(best, both / (areas + mask.sum() - both))
     return best
-
-
-def slic_baseline(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np.ndarray:
-    """Segments by SLIC alone, about `n` of them.
-
-    The number asked is adjusted until the number returned is nearest to `n`.
-
-    Returns
-    -------
-    (m, H, W) bool ndarray
-    """
-
-    def attempt(ask: float) -> np.ndarray:
-        return slic(
-            check_image(image),
-            max(1, round(ask)),
-            compactness=compactness,
-            sigma=2.0,
-            start_label=0,
-        )
-
-    return _nearest_count(attempt, n, start=n, rising=True)
-
-
-def felzenszwalb_baseline(image: np.ndarray, n: int) -> np.ndarray:
-    """Segments by the graph method of Felzenszwalb and Huttenlocher, about `n` of them.
-
-    The scale is adjusted until the number returned is nearest to `n`.
-
-    Returns
-    -------
-    (m, H, W) bool ndarray
-    """
-    min_size = max(20, round(0.001 * image.shape[0] * image.shape[1]))
-
-    def attempt(scale: float) -> np.ndarray:
-        return felzenszwalb(check_image(image), scale=scale, sigma=1.0, min_size=min_size)
-
-    return _nearest_count(attempt, n, start=300.0, rising=False)
-
-
-def _nearest_count(attempt, n, *, start, rising, rounds=6):
-    """Search the parameter whose segmentation has the number of segments nearest to `n`."""
-    if n < 1:
-        raise ValueError(f"n = {n}; a baseline needs at least one segment.")
-    low, high, value, best = None, None, float(start), None
-    for _ in range(rounds):
-        labels = attempt(value)
-        count = int(labels.max()) + 1
-        if best is None or abs(count - n) < abs(int(best.max()) + 1 - n):
-            best = labels
-        if count == n:
-            break
-        if (count < n) == rising:
-            low = value
-        else:
-            high = value
-        value = (
-            value * 2 if high is None else value / 2 if low is None else float(np.sqrt(low * high))
-        )
-    ids = np.unique(best)
-    return best[None] == ids[:, None, None]

@@ -160,6 +160,10 @@ class AnchorClustering(WithDevice):
     iou_duplicate: Annotated[Fraction, Field(description="IoU from which two masks are the same")]
     iou_merge: Annotated[Fraction, Field(description="IoU from which two anchors are one segment")]
     min_area: Annotated[Fraction, Field(description="smallest segment, fraction of the image")]
+    early_stop: Annotated[
+        bool, Field(description="ask no further prompts where the anchor is settled")
+    ]
+    n_ablation_images: Annotated[Positive, Field(description="annotated images of the ablations")]
 
 
 class PcaPooling(WithDevice):
@@ -187,15 +191,15 @@ class ProbabilisticReplacement(Common):
     scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
     stretch_max: Annotated[float, Field(ge=1, description="largest ratio of its two scales")]
     fit_min: Annotated[Fraction, Field(description="smallest IoU of the paste with its target")]
-    stain: Annotated[
-        Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
-    ]
-    band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     fit_tries: Annotated[Positive, Field(description="draws for a target until one fits")]
     gap: Annotated[
         Literal["inpaint", "context"],
         Field(description="uncovered target: repainted, or covered with the source's surroundings"),
     ]
+    stain: Annotated[
+        Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
+    ]
+    band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
     area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
     n_composites: Annotated[Positive, Field(description="composites made a class")]

@@ -39,6 +39,7 @@ __all__ = [
     "principal_axes",
     "sde_paths",
     "stain_ramps",
+    "sweeps",
     "training_curves",
     "use_style",
 ]
@@ -350,6 +351,47 @@ def bars(
     axis.margins(y=0.12)
     if len(series) > 1:
         axis.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def sweeps(
+    values: Mapping[str, Mapping[str, float]],
+    *,
+    chosen: Mapping[str, str],
+    ylabel: str,
+    height: float = 2.6,
+) -> Figure:
+    """Draw what changing one parameter at a time does: a panel of bars for each parameter.
+
+    Parameters
+    ----------
+    values : mapping of str to mapping of str to float
+        ``{parameter: {setting: value}}``.
+    chosen : mapping of str to str
+        The setting in use, drawn in another colour.
+    ylabel : str
+        Label of the shared value axis, with units.
+    height : float
+        Of the figure, inches.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, axes = _subplots(
+        1, len(values), figsize=(WIDTH, height), sharey=True, squeeze=False,
+        gridspec_kw={"width_ratios": [max(2, len(part)) for part in values.values()]},
+    )  # fmt: skip
+    for axis, (name, part) in zip(axes[0], values.items(), strict=True):
+        colours = [PALETTE[1] if key == chosen.get(name) else PALETTE[0] for key in part]
+        drawn = axis.bar(range(len(part)), list(part.values()), color=colours)
+        axis.bar_label(drawn, [f"{v:.2f}" for v in part.values()], padding=2, fontsize=7)
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(part)), list(part), fontsize=8, **turned)
+        axis.set_title(name, fontsize=9)
+        axis.grid(axis="x", visible=False)
+        axis.margins(y=0.12)
+    axes[0, 0].set_ylabel(ylabel)
     return figure
 
 

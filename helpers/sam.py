@@ -309,13 +309,19 @@ def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Pat
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        _fetch(request, part, have, progress)
+        complete = _fetch(request, part, have, progress)
     except (urllib.error.URLError, OSError) as error:
         if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):
             raise ConnectionError(
                 f"could not download {url} ({error}). Without network, fetch the file elsewhere "
                 f"and put it at {path}, or use checkpoint='small', which ships with the book."
             ) from error
+        complete = True  # nothing is left to fetch
+    if not complete:
+        raise ConnectionError(
+            f"the download of {url} broke off after {part.stat().st_size} bytes. "
+            "What has arrived is kept; run the same again to go on from there."
+        )
     digest = hashlib.sha256()
     with part.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -330,7 +336,8 @@ def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Pat
     return path
 
 
-def _fetch(request: urllib.request.Request, part: Path, have: int, progress: bool) -> None:
+def _fetch(request: urllib.request.Request, part: Path, have: int, progress: bool) -> bool:
+    """Write what the server sends; return whether it was all that it announced."""
     with urllib.request.urlopen(request, timeout=30) as reply:
         resumed = have and getattr(reply, "status", 200) == 206
         start = have if resumed else 0
@@ -338,12 +345,18 @@ def _fetch(request: urllib.request.Request, part: Path, have: int, progress: boo
         with (
             part.open("ab" if resumed else "wb") as file,
             tqdm(
-                total=total, initial=start, unit="B", unit_scale=True, disable=not progress
-            ) as bar,
+                total=total,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                disable=not progress,
+                desc=part.stem,
+            ) as bar,  # fmt: skip
         ):
             while block := reply.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
+            return total is None or file.tell() >= total
 
 
 @dataclass(frozen=True)
@@ -432,7 +445,7 @@ def check_image(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def embed(sam: Sam, image: np.ndarray) -> Embedding:
+def embed(sam: Sam, image: np.ndarray, *, dtype: torch.dtype | None = None) -> Embedding:
     """Embed one image, scaled and padded exactly as ``SamPredictor.set_image`` does.
 
     Parameters
@@ -440,6 +453,9 @@ def embed(sam: Sam, image: np.ndarray) -> Embedding:
     sam : Sam
     image : (H, W, 3) uint8 ndarray
         Any size and aspect ratio.
+    dtype : torch.dtype, optional
+        Lower precision of the matrix products, e.g. ``torch.bfloat16`` on a GPU that has it;
+        by default that of the weights.
 
     Returns
     -------
@@ -448,8 +464,18 @@ def embed(sam: Sam, image: np.ndarray) -> Embedding:
     image = check_image(image)
     scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
     x = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1).contiguous()[None]
-    features = sam.image_encoder(sam.preprocess(x))
-    return Embedding(features, tuple(x.shape[-2:]), tuple(image.shape[:2]))
+    with _precision(sam, dtype):
+        features = sam.image_encoder(sam.preprocess(x))
+    return Embedding(features.float(), tuple(x.shape[-2:]), tuple(image.shape[:2]))
+
+
+def _precision(sam: Sam, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype`, or a context that changes nothing."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"dtype = {dtype}; autocast takes torch.bfloat16 or torch.float16, None for neither."
+        )
+    return torch.autocast(sam.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def decode(
@@ -458,11 +484,16 @@ def decode(
     points: torch.Tensor,
     labels: torch.Tensor,
     mask_inputs: torch.Tensor | None = None,
+    *,
+    outputs: str = "all",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode P prompts for each of B images; the same numbers as ``sam.mask_decoder``.
 
+    Two re-orderings make it cheaper without changing the result.
     In the first layer of the two-way transformer the image side is the same for every prompt of
-    an image, so its projections are computed once and shared.
+    an image, so it is projected once and shared.
+    In later layers a prompt has few tokens (seven for a click), so the weight matrix is applied
+    to the tokens instead of the image: (x W) k = x (W k), with far fewer columns.
 
     Parameters
     ----------
@@ -474,14 +505,19 @@ def decode(
         1 inside, 0 outside, -1 padding.
     mask_inputs : (B, P, 4h, 4w) float tensor, optional
         Logits of a former round.
+    outputs : {"all", "best", "single"}
+        "all" gives m = 4: the single mask first, then the three of an ambiguous prompt;
+        "best" only that of the three with the highest predicted IoU, m = 1;
+        "single" only the single mask, m = 1.
 
     Returns
     -------
     logits : (B, P, m, 4h, 4w) float tensor
-        m = 4: the single mask first, then the three of an ambiguous prompt.
     iou : (B, P, m) float tensor
         Predicted IoU.
     """
+    if outputs not in ("all", "best", "single"):
+        raise ValueError(f"outputs = {outputs!r} is none of 'all', 'best', 'single'.")
     b, p = points.shape[:2]
     masks = None if mask_inputs is None else mask_inputs.flatten(0, 1)[:, None]
     sparse, dense = sam.prompt_encoder(
@@ -489,83 +525,129 @@ def decode(
     )
     head = sam.mask_decoder
     fixed = torch.cat([head.iou_token.weight, head.mask_tokens.weight])
-    tokens = torch.cat([fixed[None].expand(b * p, -1, -1), sparse], dim=1)
-    pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
+    tokens = torch.cat([fixed.expand(b * p, -1, -1), sparse], dim=1).unflatten(0, (b, p))
     if masks is None:
-        image = features + sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        image = image.flatten(2).transpose(1, 2)
-    else:
-        image = features.repeat_interleave(p, dim=0) + dense
-        image = image.flatten(2).transpose(1, 2)
+        dense = sam.prompt_encoder.no_mask_embed.weight[..., None, None]
+    image = features[:, None] + dense.unflatten(0, (-1, p if masks is not None else 1))
+    image = image.flatten(3).transpose(2, 3).contiguous()  # (B, 1 or P, N, C)
+    pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
     hs, keys = _two_way(head.transformer, image, pe, tokens)
-    return _heads(head, hs, keys, features.shape[-2:], (b, p))
+    iou = head.iou_prediction_head(hs[..., 0, :])
+    hyper = torch.stack(
+        [mlp(hs[..., 1 + i, :]) for i, mlp in enumerate(head.output_hypernetworks_mlps)], dim=2
+    )
+    if outputs != "all":
+        index = iou[..., 1:].argmax(-1, keepdim=True) + 1
+        index = index if outputs == "best" else torch.zeros_like(index)
+        iou, hyper = iou.take_along_dim(index, 2), hyper.take_along_dim(index[..., None], 2)
+    return _mask_logits(head, keys, hyper, features.shape[-2:]), iou
 
 
-def _two_way(transformer, image, pe, tokens):
-    """Two-way transformer; `image` may hold fewer rows than `tokens`, one for P prompts each."""
-    queries, keys = tokens, image
+def _two_way(transformer, keys, pe, tokens):
+    """Two-way transformer on tokens (B, P, T, C) and image keys (B, 1 or P, N, C)."""
+    queries = tokens
     for layer in transformer.layers:
-        if len(keys) != len(queries):
-            queries, keys = _shared_layer(layer, queries, keys, tokens, pe)
-        else:
-            queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=pe)
-    attention = transformer.final_attn_token_to_image(q=queries + tokens, k=keys + pe, v=keys)
+        queries = layer.norm1(_self_attention(layer, queries, tokens))
+        attention = _tokens_to_image(layer.cross_attn_token_to_image, queries + tokens, keys, pe)
+        queries = layer.norm2(queries + attention)
+        queries = layer.norm3(queries + layer.mlp(queries))
+        attn = layer.cross_attn_image_to_token
+        keys = layer.norm4(_image_to_tokens(attn, keys, pe, queries + tokens, queries))
+    attention = _tokens_to_image(transformer.final_attn_token_to_image, queries + tokens, keys, pe)
     return transformer.norm_final_attn(queries + attention), keys
 
 
-def _shared_layer(layer, queries, keys, query_pe, key_pe):
-    """First two-way block, with keys (B, N, C) shared by the P prompts of each image."""
-    b, n, _ = keys.shape
-    t = queries.shape[1]
-    p = len(queries) // b
+def _self_attention(layer, queries, tokens):
+    """Attention of the tokens to each other, with its residual."""
+    lead = queries.shape[:2]
+    x, pe = queries.flatten(0, 1), tokens.flatten(0, 1)
     if layer.skip_first_layer_pe:
-        queries = layer.self_attn(q=queries, k=queries, v=queries)
-    else:
-        q = queries + query_pe
-        queries = queries + layer.self_attn(q=q, k=q, v=queries)
-    queries = layer.norm1(queries)
+        return layer.self_attn(q=x, k=x, v=x).unflatten(0, lead)
+    return queries + layer.self_attn(q=x + pe, k=x + pe, v=x).unflatten(0, lead)
 
-    positioned = keys + key_pe
-    attn = layer.cross_attn_token_to_image
-    q = attn.q_proj(queries + query_pe).reshape(b, p * t, -1)
-    out = _attend(attn, q, attn.k_proj(positioned), attn.v_proj(keys))
-    queries = layer.norm2(queries + attn.out_proj(out.reshape(b * p, t, -1)))
-    queries = layer.norm3(queries + layer.mlp(queries))
 
-    attn = layer.cross_attn_image_to_token
+def _tokens_to_image(attn, tokens, keys, pe):
+    """Each token gathers from the image: softmax over its N places."""
+    q = _split(attn.q_proj(tokens), attn.num_heads)
+    weights = _scores(q, keys, pe, attn.k_proj).softmax(-1)  # (B, P, heads, T, N)
+    p, heads, t = weights.shape[1:4]
+    if keys.shape[1] < p or p == 1:
+        v = _split(attn.v_proj(keys[:, 0]), heads)  # (B, heads, N, c)
+        out = weights.transpose(1, 2).flatten(2, 3) @ v
+        out = out.unflatten(2, (p, t)).transpose(1, 2)
+    else:  # gather first, project then; the weights sum to one, so the bias is added as it is
+        gathered = (weights.flatten(2, 3) @ keys).unflatten(2, (heads, t))
+        out = gathered @ attn.v_proj.weight.unflatten(0, (heads, -1)).transpose(1, 2)
+        out = out + attn.v_proj.bias.reshape(heads, 1, -1)
+    return attn.out_proj(out.transpose(2, 3).flatten(3))
+
+
+def _image_to_tokens(attn, keys, pe, k_tokens, v_tokens):
+    """Each place of the image gathers from the tokens: softmax over T tokens; with residual."""
     heads = attn.num_heads
-    q = attn._separate_heads(attn.q_proj(positioned), heads)[:, None]  # (B, 1, heads, N, c)
-    k = attn._separate_heads(attn.k_proj(queries + query_pe), heads).unflatten(0, (b, p))
-    v = attn._separate_heads(attn.v_proj(queries), heads).unflatten(0, (b, p))
-    weights = torch.softmax(q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5, dim=-1)
-    out = (weights @ v).transpose(2, 3).reshape(b, p, n, -1)
-    keys = layer.norm4(keys[:, None] + attn.out_proj(out))
-    return queries, keys.flatten(0, 1)
-
-
-def _attend(attn, q, k, v):
-    q, k, v = (attn._separate_heads(x, attn.num_heads) for x in (q, k, v))
-    weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1)
-    return attn._recombine_heads(weights @ v)
-
-
-def _heads(head: MaskDecoder, hs, keys, grid, lead):
-    n = head.num_mask_tokens
-    mask_tokens = hs[:, 1 : 1 + n]
-    up = head.output_upscaling(keys.transpose(1, 2).reshape(len(keys), -1, *grid))
-    hyper = torch.stack(
-        [mlp(mask_tokens[:, i]) for i, mlp in enumerate(head.output_hypernetworks_mlps)], dim=1
+    k = _split(attn.k_proj(k_tokens), heads)
+    weights = _scores(k, keys, pe, attn.q_proj).softmax(-2).flatten(2, 3)  # (B, P, heads T, N)
+    v = _split(attn.v_proj(v_tokens), heads)
+    v = v @ attn.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
+    v = v + attn.out_proj.bias / heads  # weights of a head sum to one, so the bias comes out whole
+    start = keys.expand(*weights.shape[:2], -1, -1).flatten(0, 1)
+    moved = torch.baddbmm(
+        start, weights.flatten(0, 1).transpose(1, 2), v.flatten(2, 3).flatten(0, 1)
     )
-    logits = (hyper @ up.flatten(2)).unflatten(-1, up.shape[-2:])
-    iou = head.iou_prediction_head(hs[:, 0])
-    return logits.unflatten(0, lead), iou.unflatten(0, lead)
+    return moved.unflatten(0, weights.shape[:2])
+
+
+def _scores(tokens, keys, pe, project):
+    """Scaled products of projected tokens (B, P, heads, T, c) with the projected image.
+
+    What all prompts share is projected once: image and position, or position alone.
+    Keys of a prompt's own meet the tokens in the image's space.
+    """
+    p, heads, t, c = tokens.shape[1:]
+    tokens = tokens / c**0.5
+    own = keys.shape[1] == p > 1
+    still = _split(project(pe if own else keys[:, 0] + pe), heads)  # (B or 1, heads, N, c)
+    scores = tokens.transpose(1, 2).flatten(2, 3) @ still.transpose(-1, -2)
+    scores = scores.unflatten(2, (p, t)).transpose(1, 2)
+    if own:
+        moved = tokens @ project.weight.unflatten(0, (heads, c))  # (B, P, heads, T, C)
+        scores = scores + (moved.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (heads, t))
+    return scores
+
+
+def _split(x, heads):
+    """(..., n, heads c) to (..., heads, n, c)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def _mask_logits(head: MaskDecoder, keys, hyper, grid):
+    """Upscale the keys four times and multiply them with the outputs' vectors.
+
+    Transposed convolutions of stride and side 2 are matrix products, so places and channels keep
+    their order until the logits, which are few, are put in their places.
+    """
+    first, norm, act, second, act2 = head.output_upscaling
+    x = _unfold(first, keys)
+    x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    x = act2(_unfold(second, x))  # (B, P, N, 4, 4, c)
+    logits = x.flatten(2, 4) @ hyper.transpose(-1, -2)
+    b, p, _, m = logits.shape
+    logits = logits.reshape(b, p, *grid, 2, 2, 2, 2, m)  # row, column, then twice: row, column
+    logits = logits.permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
+    return logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
+
+
+def _unfold(conv: nn.ConvTranspose2d, x):
+    """(..., C) to (..., 4, c): the four places into which a place is cut."""
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def default_batch(sam: Sam) -> int:
     """Prompts decoded at once: few on a CPU, where the cache decides, many on a GPU."""
     if sam.device.type != "cpu":
         return 256 if sam.image_encoder.img_size <= 512 else 64
-    return 16 if sam.image_encoder.img_size <= 512 else 4
+    return 32 if sam.image_encoder.img_size <= 512 else 4
 
 
 def check_points(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -592,6 +674,7 @@ def propose(
     *,
     points_per_batch: int | None = None,
     mask_choice: str = "best",
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Proposals:
     """Propose one mask for each point, all decoded against one embedding.
@@ -608,6 +691,8 @@ def propose(
     mask_choice : {"best", "smallest", "middle", "largest", "single"}
         Which of the three masks of an ambiguous prompt to take: highest predicted IoU, or by
         their number of pixels; or the decoder's single-mask output.
+    dtype : torch.dtype, optional
+        As in :func:`embed`.
     progress : bool
         Show a progress bar.
 
@@ -632,14 +717,18 @@ def propose(
     low = 4 * embedding.features.shape[-1]
     kept = torch.empty(len(xy), low, low)
     scores = torch.empty(len(xy))
+    outputs = mask_choice if mask_choice in ("best", "single") else "all"
     for start in tqdm(range(0, len(xy), batch), disable=not progress, desc="prompts"):
         part = xy[start : start + batch]
-        logits, iou = decode(
-            sam, embedding.features, part[None, :, None], torch.ones(1, len(part), 1).to(part)
-        )
-        kept[start : start + batch], scores[start : start + batch] = _choose(
-            logits[0].float(), iou[0].float(), mask_choice, embedding, size
-        )
+        ones = torch.ones(1, len(part), 1).to(part)
+        with _precision(sam, dtype):
+            logits, iou = decode(
+                sam, embedding.features, part[None, :, None], ones, outputs=outputs
+            )
+        if outputs == "all":
+            logits, iou = _by_area(logits, iou, mask_choice, embedding, size)
+        kept[start : start + batch] = logits[0, :, 0].float().cpu()
+        scores[start : start + batch] = iou[0, :, 0].float().cpu()
     return Proposals(
         kept,
         scores.clamp(0, 1).numpy(),
@@ -649,15 +738,10 @@ def propose(
     )
 
 
-def _choose(logits, iou, choice, embedding, size):
-    if choice == "single":
-        return logits[:, 0].cpu(), iou[:, 0].cpu()
-    logits, iou = logits[:, 1:], iou[:, 1:]
-    if choice == "best":
-        index = iou.argmax(1)
-    else:
-        h, w = _region(logits.shape[-1], embedding.input_size, size)
-        order = (logits[..., :h, :w] > 0).flatten(2).sum(-1).argsort(dim=1)
-        index = order[:, {"smallest": 0, "middle": 1, "largest": 2}[choice]]
-    row = torch.arange(len(index), device=index.device)
-    return logits[row, index].cpu(), iou[row, index].cpu()
+def _by_area(logits, iou, choice, embedding, size):
+    """Of the three masks of an ambiguous prompt the smallest, middle or largest."""
+    h, w = _region(logits.shape[-1], embedding.input_size, size)
+    area = (logits[:, :, 1:, :h, :w] > 0).flatten(3).sum(-1)
+    rank = {"smallest": 0, "middle": 1, "largest": 2}[choice]
+    index = 1 + area.argsort(dim=-1)[..., rank : rank + 1]
+    return logits.take_along_dim(index[..., None, None], 2), iou.take_along_dim(index, 2)

@@ -10,17 +10,19 @@ from sklearn.cluster import AgglomerativeClustering
 from helpers import phantom
 from helpers.anchors import (
     anchor_index,
+    ask_in_rounds,
     best_iou,
     choose_anchors,
     cluster,
     deduplicate,
-    felzenszwalb_baseline,
     identity_vectors,
     iou_matrix,
     match_glands,
+    prompt,
     segment,
     segmentation_map,
-    slic_baseline,
+    settled,
+    take,
     touches_border,
 )
 from helpers.sam import SMALL_WEIGHTS, Proposals, build_small_sam, embed, load_sam, propose
@@ -184,6 +186,139 @@ def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
     assert sum(same) >= len(same) - 1
 
 
+def test_part_of_the_prompts(random_sam):
+    image = phantom.render(0, seed=3, size=(64, 64)).image
+    six = prompt(random_sam, image, rng=np.random.default_rng(0), n_segments=4, n_points=6)
+    two = take(six, slice(2, 4))
+    n = len(six.points)
+    assert two.points.shape == (n, 2, 2) and two.asked.shape == (n, 2)
+    np.testing.assert_array_equal(two.points, six.points[:, 2:4])
+    expected = six.proposals.masks().reshape(n, 6, 32, 32)[:, 2:4].reshape(-1, 32, 32)
+    np.testing.assert_array_equal(two.proposals.masks(), expected)
+    np.testing.assert_array_equal(
+        two.proposals.iou, six.proposals.iou.reshape(n, 6)[:, 2:4].ravel()
+    )
+
+
+# ---------------------------------------------------------------- early stopping
+
+
+def _first_settled(masks, iou, threshold, linkage="average"):
+    """Number of proposals after which a superpixel is settled, and the anchor by then."""
+    vectors = identity_vectors(masks, masks.shape[1:])
+    for n in range(1, len(masks) + 1):
+        labels = cluster(vectors[:n], distance_threshold=threshold, linkage=linkage)
+        if settled(masks[:n], iou[:n], labels, len(masks) - n):
+            return n, anchor_index(masks[:n], iou[:n], labels)
+    raise AssertionError("nothing remains, so it is settled")
+
+
+def _anchor(masks, iou, threshold, linkage="average"):
+    vectors = identity_vectors(masks, masks.shape[1:])
+    labels = cluster(vectors, distance_threshold=threshold, linkage=linkage)
+    return anchor_index(masks, iou, labels)
+
+
+def test_a_majority_of_equal_masks_settles_and_no_fewer_do():
+    masks, ones = np.repeat(_disc((40, 40), (20, 20), 9)[None], 15, 0), np.ones(15)
+    labels = np.zeros(15, int)
+    assert settled(masks[:8], ones[:8], labels[:8], 7)
+    assert not settled(masks[:7], ones[:7], labels[:7], 8)
+    assert settled(masks[:1], ones[:1], labels[:1], 0)
+    assert not settled(masks[:0], ones[:0], labels[:0], 3)
+
+
+def test_a_large_cluster_without_frequent_mask_does_not_settle():
+    masks = np.stack([_disc((60, 60), (30, 30), r) for r in (5, 7, 9, 11, 13, 15, 17, 20)])
+    labels, ones = np.zeros(8, int), np.ones(8)
+    assert not settled(masks, ones, labels, 7)
+    assert not settled(masks, ones, labels, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stopping_early_gives_the_same_anchor_where_masks_are_equal_or_far_apart(seed):
+    rng = np.random.default_rng(seed)
+    forms = np.stack([_disc((64, 64), c, r) for c, r in
+                      (((14, 14), 8), ((48, 14), 12), ((20, 48), 10), ((48, 48), 5))])  # fmt: skip
+    share = rng.dirichlet([1, 1, 1, 0.3])
+    masks = forms[rng.choice(4, 15, p=share)]
+    iou = np.full(15, 0.5)
+    n, early = _first_settled(masks, iou, threshold=8.0)
+    assert n >= 8
+    np.testing.assert_array_equal(masks[early], masks[_anchor(masks, iou, 8.0)])
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_an_anchor_settled_early_is_a_near_duplicate_of_the_final_one(linkage):
+    """IoU at least 1 - 2 (1 - 0.9), on jittered masks with outliers; and it does stop early."""
+    rng, stopped, same = np.random.default_rng(7), 0, 0
+    for _ in range(60):
+        centre, radius = rng.uniform(22, 42, 2), rng.uniform(8, 16)
+        jitter = rng.choice([0.2, 0.6, 1.5])
+        masks = []
+        for _ in range(15):
+            if rng.random() < 0.25:
+                masks.append(_disc((64, 64), rng.uniform(10, 54, 2), rng.uniform(3, 20)))
+            else:
+                step = rng.normal(0, jitter, 3)
+                masks.append(_disc((64, 64), centre + step[:2], radius + step[2]))
+        masks, iou = np.stack(masks), rng.random(15)
+        n, early = _first_settled(masks, iou, 6.4, linkage)
+        final = _anchor(masks, iou, 6.4, linkage)
+        overlap = iou_matrix(masks[[early, final]])[0, 1]
+        assert overlap >= 0.8
+        stopped += n < 15
+        same += early == final
+    assert stopped > 20 and same > 30
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
+    image = phantom.render(seed, seed=8, size=(128, 150)).image
+    full, early = (
+        prompt(small, image, rng=np.random.default_rng(seed), n_segments=6, early_stop=stop)
+        for stop in (False, True)
+    )
+    np.testing.assert_array_equal(full.points, early.points)
+    assert full.asked.all() and (early.asked[:, :8]).all()
+    k = full.points.shape[1]
+    asked = early.asked.ravel()
+    torch.testing.assert_close(
+        early.proposals.padded[asked], full.proposals.padded[asked], rtol=1e-3, atol=1e-3
+    )
+    assert not early.proposals.masks()[~asked].any()
+    a, _ = choose_anchors(full.proposals, len(full.points))
+    b, support = choose_anchors(early.proposals, len(full.points), asked=early.asked)
+    masks = full.proposals.masks()
+    for i, j in zip(a, b, strict=True):
+        assert i // k == j // k and iou_matrix(masks[[i, j]])[0, 1] >= 0.8
+    assert (support <= 1).all()
+
+
+def test_rounds_end_at_once_where_every_prompt_gives_the_same_mask(monkeypatch, random_sam):
+    asked_for = []
+
+    def constant(sam, embedding, points, **_):
+        asked_for.append(len(points))
+        logits = torch.full((len(points), 16, 16), -1.0)
+        logits[:, 4:9, 4:9] = 1
+        return Proposals(logits, np.ones(len(points), np.float32), (64, 64), (64, 64), 64)
+
+    monkeypatch.setattr("helpers.anchors.propose", constant)
+    embedding = embed(random_sam, np.zeros((64, 64, 3), np.uint8))
+    proposals, asked = ask_in_rounds(random_sam, embedding, np.zeros((3, 15, 2), int))
+    assert asked_for == [24] and asked.sum() == 24 and len(proposals) == 45
+
+
+def test_segment_takes_early_stopping_and_refuses_unknown_settings(random_sam):
+    image = phantom.render(0, seed=3, size=(64, 64)).image
+    settings = {"n_segments": 4, "n_points": 3, "early_stop": True, "distance_threshold": 0.2}
+    found = segment(random_sam, image, rng=np.random.default_rng(0), **settings)
+    assert len(found) + sum(found.n_dropped.values()) == found.n_superpixels
+    with pytest.raises(TypeError, match="no setting"):
+        segment(random_sam, image, rng=np.random.default_rng(0), stop_early=True)
+
+
 # ---------------------------------------------------------------- segments
 
 
@@ -293,11 +428,3 @@ def test_match_without_glands_or_segments():
     assert none["n"] == 0 and np.isnan(none["mean_best_iou"]) and none["coverage"] == 0
     with pytest.raises(ValueError, match="agree"):
         match_glands(np.zeros((1, 4, 4), bool), np.zeros((5, 4), int))
-
-
-@pytest.mark.parametrize("baseline", [slic_baseline, felzenszwalb_baseline])
-def test_baselines_have_about_the_number_asked_and_tile_the_image(baseline):
-    image = phantom.render(1, seed=2, size=(128, 128)).image
-    masks = baseline(image, 20)
-    assert 13 <= len(masks) <= 28
-    assert (masks.sum(0) == 1).all()

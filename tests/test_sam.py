@@ -2,6 +2,8 @@
 
 import hashlib
 import http.server
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -77,30 +79,131 @@ def test_trained_model_equals_predict_torch(small):
         assert (proposals.full(i) == masks[i, best[i]].numpy()).mean() > 0.9995
 
 
-def test_the_batch_changes_nothing(random_sam, picture):
+@pytest.mark.parametrize("batch", [1, 2, 5, 11, 64])
+def test_the_batch_changes_nothing(random_sam, picture, batch):
     points = np.random.default_rng(2).integers(0, 70, (11, 2))
     embedding = embed(random_sam, picture)
-    one = propose(random_sam, embedding, points, points_per_batch=1)
-    many = propose(random_sam, embedding, points, points_per_batch=11)
-    torch.testing.assert_close(one.padded, many.padded, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(one.iou, many.iou, atol=1e-5)
+    _, iou, low = _reference(random_sam, picture, points.astype(float))
+    many = propose(random_sam, embedding, points, points_per_batch=batch)
+    best = low[torch.arange(11), iou.argmax(1)]
+    torch.testing.assert_close(many.padded, best, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_several_images_at_once_equals_the_mask_decoder(random_sam):
+def _by_the_mask_decoder(sam, features, points, labels, former=None):
+    """All four masks of every prompt, by the original decoder."""
+    found = []
+    for b in range(len(points)):
+        sparse, dense = sam.prompt_encoder(
+            (points[b], labels[b]), None, None if former is None else former[b][:, None]
+        )
+        pe = sam.prompt_encoder.get_dense_pe()
+        found.append(sam.mask_decoder.predict_masks(features[b : b + 1], pe, sparse, dense))
+    return tuple(torch.stack(x) for x in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("clicks", [1, 2, 6])
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_decoding_equals_the_mask_decoder(random_sam, clicks, with_masks, prompts):
     torch.manual_seed(1)
     features = torch.randn(2, 32, 8, 8)
-    points, labels = torch.rand(2, 5, 2, 2) * 64, torch.randint(0, 2, (2, 5, 2)).float()
-    for former in (None, torch.randn(2, 5, 32, 32)):
-        logits, iou = decode(random_sam, features, points, labels, former)
-        for b in range(2):
-            sparse, dense = random_sam.prompt_encoder(
-                (points[b], labels[b]), None, None if former is None else former[b][:, None]
-            )
-            expected, quality = random_sam.mask_decoder.predict_masks(
-                features[b : b + 1], random_sam.prompt_encoder.get_dense_pe(), sparse, dense
-            )
-            torch.testing.assert_close(logits[b], expected, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(iou[b], quality, rtol=1e-4, atol=1e-4)
+    points = torch.rand(2, prompts, clicks, 2) * 64
+    labels = torch.randint(-1, 2, (2, prompts, clicks)).float()
+    former = torch.randn(2, prompts, 32, 32) if with_masks else None
+    logits, iou = decode(random_sam, features, points, labels, former)
+    expected, quality = _by_the_mask_decoder(random_sam, features, points, labels, former)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(iou, quality, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_output_asked_for_is_decoded(random_sam):
+    torch.manual_seed(2)
+    given = torch.randn(2, 32, 8, 8), torch.rand(2, 5, 1, 2) * 64, torch.ones(2, 5, 1)
+    logits, iou = decode(random_sam, *given)
+    best = 1 + iou[..., 1:].argmax(-1, keepdim=True)
+    for outputs, index in (("best", best), ("single", torch.zeros_like(best))):
+        one, quality = decode(random_sam, *given, outputs=outputs)
+        assert one.shape == (2, 5, 1, 32, 32)
+        expected = logits.take_along_dim(index[..., None, None], 2)
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(quality, iou.take_along_dim(index, 2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="none of 'all', 'best', 'single'"):
+        decode(random_sam, *given, outputs="worst")
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_gradients_are_those_of_the_mask_decoder(with_masks):
+    torch.manual_seed(3)
+    sam = build_small_sam(64, dim=32)
+    points, labels = torch.rand(1, 4, 1, 2) * 64, torch.ones(1, 4, 1)
+    former = torch.randn(1, 4, 32, 32) if with_masks else None
+    weight = torch.randn(1, 4, 4, 32, 32) / 1000
+    gradients = []
+    for work in (decode, _by_the_mask_decoder):
+        torch.manual_seed(4)
+        features = torch.randn(1, 32, 8, 8, requires_grad=True)
+        sam.zero_grad()
+        logits, iou = work(sam, features, points, labels, former)
+        ((logits * weight).sum() + iou.sum()).backward()
+        found = {k: v.grad for k, v in sam.named_parameters() if v.grad is not None}
+        gradients.append({"features": features.grad} | found)
+    ours, theirs = gradients
+    assert set(ours) == set(theirs)
+    for key, expected in theirs.items():
+        torch.testing.assert_close(ours[key], expected, rtol=2e-3, atol=1e-4, msg=key)
+
+
+def test_low_precision_gives_nearly_the_same_masks(random_sam, picture):
+    points = np.array([[10, 60], [90, 30], [112, 0]])
+    exact = propose(random_sam, embed(random_sam, picture), points, mask_choice="single")
+    rough = embed(random_sam, picture, dtype=torch.bfloat16)
+    rough = propose(random_sam, rough, points, mask_choice="single", dtype=torch.bfloat16)
+    assert rough.padded.dtype == torch.float32
+    scale = exact.padded.std()
+    assert 0 < (rough.padded - exact.padded).abs().mean() < 0.1 * scale
+    with pytest.raises(ValueError, match="autocast takes"):
+        embed(random_sam, picture, dtype=torch.int8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_gpu_gives_the_masks_of_the_cpu(small, dtype):
+    image = phantom.render(3, seed=5, size=(128, 160)).image
+    points = np.random.default_rng(0).integers(0, 128, (40, 2))
+    exact = propose(small, embed(small, image), points, mask_choice="single")
+    sam = load_sam("small", device="cuda")
+    found = embed(sam, image, dtype=dtype)
+    found = propose(sam, found, points, mask_choice="single", dtype=dtype)
+    assert (found.masks() == exact.masks()).mean() > (0.999 if dtype is None else 0.97)
+
+
+_MEMORY = """
+import resource, sys
+import numpy as np, torch
+from helpers import anchors, sam
+torch.set_num_threads(1)
+model = sam.load_sam("small") if sam.SMALL_WEIGHTS.exists() else sam.build_small_sam()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before, seen = peak(), []
+rng = np.random.default_rng(0)
+for i in range(4):
+    image = rng.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
+    embedding = sam.embed(model, image)
+    proposals = sam.propose(model, embedding, rng.integers(0, 1024, (150, 2)))
+    anchors.choose_anchors(proposals, 10)
+    seen.append(peak())
+print(seen[0] - before, seen[-1] - seen[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_is_small_and_flat(repository):
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY], cwd=repository, capture_output=True, text=True, check=True
+    )
+    first, growth = map(float, done.stdout.split())
+    assert first < 700, "MiB above the model for an image of 1024 x 1024"
+    assert growth < 60, "MiB more after two further images"
 
 
 @pytest.mark.parametrize("choice", ["largest", "middle", "smallest", "single"])
@@ -200,37 +303,69 @@ def test_missing_and_wrong_checkpoints(tmp_path):
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
+    """Serves `body`; /whole ignores ranges, /short breaks off, anything else than .pth is gone."""
+
     body = bytes(range(256)) * 40
 
     def do_GET(self):
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if not self.path.endswith(".pth"):
+            self.send_error(404)
+            return
+        start = 0 if "whole" in self.path else int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if start >= len(self.body):
+            self.send_error(416)
+            return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(self.body) - start))
         self.end_headers()
-        self.wfile.write(self.body[start:])
+        end = 3000 if "short" in self.path else None
+        self.wfile.write(self.body[start:end])
 
     def log_message(self, *_):
         pass
 
 
+DIGEST = hashlib.sha256(_Server.body).hexdigest()
+
+
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/x.pth"
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
 
 
-def test_download_resumes_and_verifies(server, tmp_path):
-    digest = hashlib.sha256(_Server.body).hexdigest()
-    (tmp_path / "a.pth.part").write_bytes(_Server.body[:1000])
-    path = download(server, digest, tmp_path / "a.pth", progress=False)
+@pytest.mark.parametrize("name", ["x.pth", "whole.pth"])
+@pytest.mark.parametrize("have", [0, 1000, len(_Server.body)])
+def test_download_resumes_and_verifies(server, tmp_path, name, have):
+    (tmp_path / "a.pth.part").write_bytes(_Server.body[:have])
+    path = download(f"{server}/{name}", DIGEST, tmp_path / "a.pth", progress=False)
     assert path.read_bytes() == _Server.body and not (tmp_path / "a.pth.part").exists()
-    with pytest.raises(ValueError, match="SHA-256"):
-        download(server, "0" * 64, tmp_path / "b.pth", progress=False)
+    assert download("http://127.0.0.1:9/x.pth", DIGEST, path) == path, "is there already"
+
+
+def test_a_broken_transfer_is_taken_up_again(server, tmp_path):
+    path = tmp_path / "a.pth"
+    with pytest.raises(ConnectionError, match=r"broke off.*again"):
+        download(f"{server}/short.pth", DIGEST, path, progress=False)
+    assert not path.exists() and len((tmp_path / "a.pth.part").read_bytes()) == 3000
+    assert download(f"{server}/x.pth", DIGEST, path, progress=False).read_bytes() == _Server.body
+
+
+def test_a_wrong_file_is_removed(server, tmp_path):
+    with pytest.raises(ValueError, match=r"SHA-256.*removed"):
+        download(f"{server}/x.pth", "0" * 64, tmp_path / "b.pth", progress=False)
     assert not list(tmp_path.glob("b.pth*"))
 
 
-def test_download_without_network_says_what_to_do(tmp_path):
+def test_download_shows_its_progress(server, tmp_path, capsys):
+    download(f"{server}/x.pth", DIGEST, tmp_path / "a.pth")
+    assert "a.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:9/x.pth", "{server}/none"])
+def test_download_without_network_says_what_to_do(server, tmp_path, where):
     with pytest.raises(ConnectionError, match="put it at"):
-        download("http://127.0.0.1:9/x.pth", "0" * 64, tmp_path / "x.pth", progress=False)
+        download(where.format(server=server), "0" * 64, tmp_path / "x.pth", progress=False)

@@ -2,7 +2,8 @@
 
 ``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and
 ``--side`` change the size, ``--checkpoint vit_b --random`` times the official architecture
-without weights.
+without weights, ``--literal 20`` extrapolates the literal form from 20 of its prompts, which is
+what takes long there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
 from helpers.superpixels import draw_points, superpixels
-from tests.literal_phase1 import literal_anchors
+from tests.literal_phase1 import literal_anchors, literal_proposals
 
 
 def clock(work, *, repeats: int = 1):
@@ -31,7 +32,7 @@ def clock(work, *, repeats: int = 1):
 
 
 def bare(model, image, n_points: int, batch: int) -> float:
-    """Seconds of one encoder pass and the decoder passes that `n_points` prompts need."""
+    """Seconds of one encoder pass and of decoder passes for `n_points` prompts."""
     embedding = sam.embed(model, image)
     xy = torch.rand(1, batch, 1, 2) * model.image_encoder.img_size
     ones = torch.ones(1, batch, 1)
@@ -39,7 +40,13 @@ def bare(model, image, n_points: int, batch: int) -> float:
     def passes():
         sam.embed(model, image)
         for _ in range(-(-n_points // batch)):
-            sam.decode(model, embedding.features, xy.to(model.device), ones.to(model.device))
+            sam.decode(
+                model,
+                embedding.features,
+                xy.to(model.device),
+                ones.to(model.device),
+                outputs="best",
+            )
 
     with torch.no_grad():
         return clock(passes)[0]
@@ -55,6 +62,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--segments", type=int, default=30)
     parser.add_argument("--points", type=int, default=15)
+    parser.add_argument("--literal", type=int, help="prompts of the literal form; default: all")
     options = parser.parse_args(argv)
     if options.random:
         model = sam_model_registry[options.checkpoint]().eval().requires_grad_(False)
@@ -69,34 +77,61 @@ def main(argv: list[str] | None = None) -> list[dict]:
         labels = superpixels(image, options.segments)
         points = draw_points(labels, options.points, rng=np.random.default_rng(i))
 
-        def fast(image=image, points=points):
-            proposals = sam.propose(model, sam.embed(model, image), points.reshape(-1, 2))
-            return anchors.choose_anchors(proposals, len(points))[0], proposals
+        rows.append(_row(model, image, points, options.literal, batch))
+    _print(rows, options, batch)
+    return rows
 
-        def literal(image=image, points=points):
-            return literal_anchors(model, image, points, distance_threshold=0.1)
 
-        fast()  # warm up
-        quick, (index, proposals) = clock(fast)
-        slow, (reference, masks) = clock(literal)
+def _row(model, image, points, n_literal, batch) -> dict:
+    """Times and agreement of one image."""
+    n, k, _ = points.shape
+
+    def fast():
+        proposals = sam.propose(model, sam.embed(model, image), points.reshape(-1, 2))
+        return anchors.choose_anchors(proposals, n)[0], proposals
+
+    def rounds():
+        embedding = sam.embed(model, image)
+        proposals, asked = anchors.ask_in_rounds(model, embedding, points)
+        return anchors.choose_anchors(proposals, n, asked=asked)[0], asked
+
+    fast()  # warm up
+    quick, (index, proposals) = clock(fast)
+    early, (stopped, asked) = clock(rounds)
+    slow, same = _literal(model, image, points, n_literal, index, proposals)
+    masks = proposals.masks()
+    kept = [_iou(masks[a], masks[b]) for a, b in zip(index, stopped, strict=True) if a >= 0]
+    needed = bare(model, image, n * k, batch)
+    return {
+        "prompts": n * k,
+        "literal_s": slow,
+        "fast_s": quick,
+        "early_s": early,
+        "bare_s": needed,
+        "ratio": slow / quick,
+        "ratio_early": slow / early,
+        "over_bare": quick / needed,
+        "same": same,
+        "asked": float(asked.mean()),
+        "early_iou": float(np.mean(kept)) if kept else float("nan"),
+    }
+
+
+def _literal(model, image, points, n_literal, index, proposals):
+    """Seconds of the literal form, and the share of its anchors that the fast path gives too."""
+    if n_literal is None:
+        slow, (reference, masks) = clock(
+            lambda: literal_anchors(model, image, points, distance_threshold=0.1)
+        )
         same = [
             a == b or (a >= 0 and b >= 0 and _iou(proposals.full(a), masks[b]) >= 0.95)
             for a, b in zip(index, reference, strict=True)
         ]
-        needed = bare(model, image, points.shape[0] * points.shape[1], batch)
-        rows.append(
-            {
-                "prompts": points.shape[0] * points.shape[1],
-                "literal_s": slow,
-                "fast_s": quick,
-                "ratio": slow / quick,
-                "bare_s": needed,
-                "over_bare": quick / needed,
-                "same_anchors": float(np.mean(same)),
-            }
-        )
-    _print(rows, options, batch)
-    return rows
+        return slow, float(np.mean(same))
+    flat = points.reshape(-1, 2)
+    one, _ = clock(lambda: literal_proposals(model, image, flat[:1]))
+    more, _ = clock(lambda: literal_proposals(model, image, flat[: n_literal + 1]))
+    return one + (more - one) / n_literal * (len(flat) - 1), float("nan")
 
 
 def _iou(a, b):
@@ -113,7 +148,8 @@ def _print(rows, options, batch) -> None:
         print("  ".join(f"{value:12.2f}" for value in row.values()))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}; "
+        f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}, "
+        f"stopping early {np.mean([r['ratio_early'] for r in rows]):.1f}; "
         f"fast / bare passes: {np.mean([r['over_bare'] for r in rows]):.2f}; "
         f"peak memory {memory:.2f} GB"
     )

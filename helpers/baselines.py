@@ -1,0 +1,193 @@
+"""Classical and automatic segmentations that the anchors are compared with, at an equal number.
+
+The more segments, the easier it is to hit a gland, so every method is asked for as many segments
+as the anchors have in the same image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.modeling import Sam
+from skimage.color import rgb2lab
+from skimage.segmentation import felzenszwalb, slic
+from sklearn.cluster import AgglomerativeClustering
+
+from helpers.sam import check_image, default_batch
+
+
+def slic_alone(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np.ndarray:
+    """Segments by SLIC alone, about `n` of them.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    n : int
+        Number of segments; the number asked of SLIC is adjusted until the number returned is
+        nearest to it.
+    compactness : float
+        Weight of position against colour.
+
+    Returns
+    -------
+    (m, H, W) bool ndarray
+        They tile the image.
+    """
+    image = check_image(image)
+
+    def attempt(ask: float) -> np.ndarray:
+        return _slic(image, max(1, round(ask)), compactness)
+
+    return _nearest_count(attempt, n, start=n, rising=True)
+
+
+def slic_merged(image: np.ndarray, n: int, *, finer: int = 8) -> np.ndarray:
+    """Segments by SLIC and merging of regions, exactly `n` where SLIC gives that many.
+
+    `finer` times `n` superpixels are merged along their region adjacency graph, always the two
+    neighbours whose union adds least to the variance of the Lab colour (Ward's criterion).
+
+    Returns
+    -------
+    (m, H, W) bool ndarray
+        They tile the image.
+    """
+    _check_count(n)
+    image = check_image(image)
+    labels = _slic(image, finer * n, 10.0)
+    count = np.bincount(labels.ravel())
+    if len(count) <= n:
+        return _masks(labels)
+    lab = rgb2lab(image).reshape(-1, 3)
+    mean = np.stack([np.bincount(labels.ravel(), c) / count for c in lab.T], axis=1)
+    merge = AgglomerativeClustering(n, connectivity=_adjacency(labels), linkage="ward")
+    return _masks(merge.fit_predict(mean)[labels])
+
+
+def graph_based(image: np.ndarray, n: int) -> np.ndarray:
+    """Segments by the graph method of Felzenszwalb and Huttenlocher, about `n` of them.
+
+    The scale is adjusted until the number returned is nearest to `n`.
+
+    Returns
+    -------
+    (m, H, W) bool ndarray
+        They tile the image.
+    """
+    image = check_image(image)
+    min_size = max(20, round(0.001 * image.shape[0] * image.shape[1]))
+
+    def attempt(scale: float) -> np.ndarray:
+        return felzenszwalb(image, scale=scale, sigma=1.0, min_size=min_size)
+
+    return _nearest_count(attempt, n, start=300.0, rising=False)
+
+
+def automatic(
+    sam: Sam,
+    image: np.ndarray,
+    n: int,
+    *,
+    n_prompts: int = 450,
+    min_area: float = 0.002,
+    max_area: float = 0.9,
+    iou_merge: float = 0.7,
+) -> np.ndarray:
+    """Segments by ``SamAutomaticMaskGenerator``: prompts on a grid, its `n` best masks.
+
+    Its absolute thresholds suit the official checkpoints, whose scores another model need not
+    share; so they are switched off, and its own suppression of overlaps and its ranking by
+    predicted IoU choose. Masks that the anchors would drop for their size are dropped here too,
+    before the `n` best are taken.
+
+    Parameters
+    ----------
+    sam : Sam
+    image : (H, W, 3) uint8 ndarray
+    n : int
+        Masks returned; fewer if the generator finds fewer.
+    n_prompts : int
+        The side of the grid is chosen so that its number of points comes nearest.
+    min_area, max_area : float
+        Shares of the image.
+    iou_merge : float
+        Overlap of boxes from which the generator drops the lower-ranked mask.
+
+    Returns
+    -------
+    (m, H, W) bool ndarray
+    """
+    _check_count(n)
+    image = check_image(image)
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        points_per_side=grid_side(n_prompts),
+        points_per_batch=default_batch(sam),
+        pred_iou_thresh=0.0,
+        stability_score_thresh=0.0,
+        box_nms_thresh=iou_merge,
+    )
+    pixels = image.shape[0] * image.shape[1]
+    found = generator.generate(image)
+    found = [m for m in found if min_area * pixels <= m["area"] <= max_area * pixels]
+    found.sort(key=lambda m: -m["predicted_iou"])
+    masks = np.array([m["segmentation"] for m in found[:n]], bool)
+    return masks.reshape(-1, *image.shape[:2])
+
+
+def grid_side(n_prompts: int) -> int:
+    """Points a side of the square grid whose number of points is nearest to `n_prompts`."""
+    low = max(1, int(np.sqrt(n_prompts)))
+    return min(low, low + 1, key=lambda side: abs(side**2 - n_prompts))
+
+
+def _slic(image: np.ndarray, n: int, compactness: float) -> np.ndarray:
+    labels = slic(image, n, compactness=compactness, sigma=2.0, start_label=0)
+    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+
+
+def _adjacency(labels: np.ndarray) -> coo_matrix:
+    """Region adjacency graph: which labels have pixels side by side."""
+    across = np.stack([labels[:, :-1].ravel(), labels[:, 1:].ravel()])
+    down = np.stack([labels[:-1].ravel(), labels[1:].ravel()])
+    pairs = np.concatenate([across, down], axis=1)
+    pairs = np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
+    n = int(labels.max()) + 1
+    graph = coo_matrix((np.ones(pairs.shape[1]), pairs), shape=(n, n))
+    return graph + graph.T
+
+
+def _masks(labels: np.ndarray) -> np.ndarray:
+    return labels[None] == np.unique(labels)[:, None, None]
+
+
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n = {n}; a baseline needs at least one segment.")
+
+
+def _nearest_count(
+    attempt: Callable[[float], np.ndarray], n: int, *, start: float, rising: bool, rounds: int = 6
+) -> np.ndarray:
+    """Search the parameter whose segmentation has the number of segments nearest to `n`."""
+    _check_count(n)
+    low, high, value, best = None, None, float(start), None
+    for _ in range(rounds):
+        labels = attempt(value)
+        count = int(labels.max()) + 1
+        if best is None or abs(count - n) < abs(int(best.max()) + 1 - n):
+            best = labels
+        if count == n:
+            break
+        if (count < n) == rising:
+            low = value
+        else:
+            high = value
+        if low is None or high is None:
+            value = value * 2 if high is None else value / 2
+        else:
+            value = float(np.sqrt(low * high))
+    return _masks(best)
