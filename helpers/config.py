@@ -265,8 +265,23 @@ class Synthesis(WithDevice):
     """06 synthesis."""
 
     n_per_class: Annotated[Counts, Field(description="synthetic images a class, one set each")]
-    synthesis_steps: Annotated[int, Field(ge=1, le=1000, description="DDIM steps of an image")]
+    synthesis_steps: Annotated[int, Field(ge=1, le=1000, description="steps of an image")]
+    synthesis_strength: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of the noise levels walked; 1: from pure noise"),
+    ]
     synthesis_batch: Annotated[Positive, Field(description="images healed at once")]
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Synthesis:
+        levels = round(1000 * self.synthesis_strength)
+        if self.synthesis_steps > levels:
+            raise ValueError(
+                f"synthesis_steps={self.synthesis_steps} are more than the {levels} noise levels "
+                f"that synthesis_strength={self.synthesis_strength} leaves: lower the first or "
+                "raise the second"
+            )
+        return self
 
 
 class ClassifierEvaluation(WithDevice):
@@ -314,6 +329,7 @@ class TrainingLatentDiffusion(WithDevice):
         str | None, Field(description="folder of own images for the toy run; none: phantoms")
     ]
     autoencoder_steps: Annotated[Positive, Field(description="autoencoder steps of the toy run")]
+    decoder_steps: Annotated[Positive, Field(description="steps of the decoder's second toy run")]
     unet_steps: Annotated[Positive, Field(description="UNet steps of the toy run")]
     latent_batch: Annotated[Positive, Field(description="images a step of the toy run")]
 

@@ -117,7 +117,7 @@ def inpaint(
     *,
     context: int | None = None,
     mask_rule: str = "all",
-    fill: str = "nearest",
+    fill: str | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | int | None = None,
     batch: int | None = None,
     progress: bool = False,
@@ -130,7 +130,7 @@ def inpaint(
     ----------
     model : LatentDiffusion
     images : (N, H, W, 3) uint8 ndarray
-        Pasted images; what unknown pixels hold does not matter (with ``fill="nearest"``).
+        Pasted images; with ``fill="nearest"`` it does not matter what unknown pixels hold.
     unknown : (N, H, W) bool ndarray
         True where the image shall be made anew.
     context : int, optional
@@ -138,8 +138,9 @@ def inpaint(
         out, which saves its cost. By default the whole image is seen.
     mask_rule : {"all", "any"}
         A latent cell is known if all its pixels are, or if any is.
-    fill : {"nearest", "keep"}
-        What the encoder sees in the hole: the nearest known pixel, or the image as it is.
+    fill : {"nearest", "keep"}, optional
+        What the encoder sees in the hole: the nearest known pixel, or the image as it is. By
+        default the former, and with ``strength`` < 1, which starts from what is there, the latter.
     generator : torch.Generator, sequence of N torch.Generator, or int
         Source of the noise. Each image draws from its own generator, so that its result does not
         depend on its companions.
@@ -165,6 +166,8 @@ def inpaint(
     """
     images, unknown = _check(images, unknown)
     Sampling(**sampling)
+    if fill is None:
+        fill = "nearest" if Sampling(**sampling).strength == 1 else "keep"
     if mask_rule not in ("all", "any") or fill not in ("nearest", "keep"):
         raise ValueError(
             f"mask_rule={mask_rule!r}, fill={fill!r}: use 'all' or 'any', and 'nearest' or 'keep'"

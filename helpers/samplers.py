@@ -77,6 +77,10 @@ class Sampling:
     guided : float
         ``mcg`` and ``mmps``: share of the steps that use the network's gradient, the last ones of
         the way; the others are those of ``projection``. 1 uses it at every step.
+    strength : float
+        Share of the noise levels that are walked, the lowest ones. 1 starts from pure noise; less
+        starts from the pasted image, noised to that level (Meng et al. 2022), so that what the
+        image shows there is kept in its coarse features, and its seam is not.
     spacing : {"trailing", "leading"}
         See :func:`timesteps`.
     jump_length, n_resample : int
@@ -97,6 +101,7 @@ class Sampling:
     norm: str = "l2"
     n_solve: int = 1
     guided: float = 1.0
+    strength: float = 1.0
     spacing: str = "trailing"
     jump_length: int = 5
     n_resample: int = 3
@@ -113,6 +118,11 @@ class Sampling:
             raise ValueError(
                 f"guided={self.guided}: the share of guided steps lies in (0, 1]; for none, use "
                 "method='projection'"
+            )
+        if not 0 < self.strength <= 1:
+            raise ValueError(
+                f"strength={self.strength}: the share of noise levels walked lies in (0, 1]; "
+                "1 starts from pure noise"
             )
         if not self.alpha >= 0:
             raise ValueError(f"alpha={self.alpha}: the weight of the gradient is 0 or more")
@@ -148,7 +158,9 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 # --- times ----------------------------------------------------------------------------------------
 
 
-def timesteps(n: int, T: int = 1000, *, spacing: str = "trailing") -> list[int]:
+def timesteps(
+    n: int, T: int = 1000, *, spacing: str = "trailing", strength: float = 1.0
+) -> list[int]:
     """Times visited by n steps, highest first.
 
     Parameters
@@ -161,15 +173,19 @@ def timesteps(n: int, T: int = 1000, *, spacing: str = "trailing") -> list[int]:
         ``leading`` is that of latent diffusion (``steps_offset=1``): with few steps it starts well
         below T, where the latents are not yet pure noise. ``trailing`` always starts at T - 1. With
         500 of 1000 steps both are the same.
+    strength : float
+        Only the lowest ``strength * T`` levels are visited.
 
     Returns
     -------
     list of int
         Strictly decreasing, in 0 to T - 1.
     """
-    if not 1 <= n <= T:
-        raise ValueError(f"steps={n} is not between 1 and the {T} steps of the schedule")
     _one_of("spacing", spacing, ("trailing", "leading"))
+    all_levels, T = T, round(strength * T)
+    if not 1 <= n <= T:
+        part = f" (strength={strength} of {all_levels})" if T < all_levels else ""
+        raise ValueError(f"steps={n} is not between 1 and the {T} steps of the schedule{part}")
     if spacing == "leading":
         return [min(k * (T // n) + 1, T - 1) for k in reversed(range(n))]
     return [round(T - k * T / n) - 1 for k in range(n)]
@@ -193,7 +209,7 @@ def _path(times: Sequence[int], jump_length: int, n_resample: int) -> list[tuple
 
 def _plan(sampling: Sampling, T: int) -> tuple[list[int], list[tuple[int, int]], int]:
     """Times, moves, and the time from which on (downward) the gradient is used."""
-    times = timesteps(sampling.steps, T, spacing=sampling.spacing)
+    times = timesteps(sampling.steps, T, spacing=sampling.spacing, strength=sampling.strength)
     if sampling.method == "repaint":
         return times, _path(times, sampling.jump_length, sampling.n_resample), -1
     n = max(1, round(sampling.guided * len(times))) if sampling.gradient else 0
@@ -458,7 +474,7 @@ def inpaint_latents(
     eps : callable
         ``eps(z_t, t)`` with an int t, e.g. :meth:`helpers.latent.LatentDiffusion.eps`.
     z_y : (N, ...) Tensor
-        Latents of the pasted images; only their known part is used.
+        Latents of the pasted images; with strength 1 only their known part is used.
     m : (N, ...) Tensor
         1 = known, 0 = unknown, broadcastable to `z_y`.
     alphas_cumprod : (T,) Tensor
@@ -503,7 +519,8 @@ def inpaint_latents(
         xi = xi_known if sampling.deterministic else _noise(z, generators)
         return torch.where(fixed, math.sqrt(a[s]) * z_y + math.sqrt(1 - a[s]) * xi, z)
 
-    z = torch.where(fixed, math.sqrt(a[times[0]]) * z_y + math.sqrt(1 - a[times[0]]) * z, z)
+    noised = math.sqrt(a[times[0]]) * z_y + math.sqrt(1 - a[times[0]]) * z
+    z = torch.where(fixed, noised, z) if sampling.strength == 1 else noised
     for t, s in tqdm(
         moves, desc=f"{sampling.method} inpainting", disable=not progress, leave=False
     ):

@@ -9,11 +9,13 @@ A run that was stopped goes on where it was; ``--images FOLDER`` trains on own i
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,20 @@ from helpers.latent import (
     build_autoencoder,
     build_unet,
     load_autoencoder,
+    load_latent_diffusion,
     psnr,
     save_weights,
     to_tensor,
     to_uint8,
 )
+from helpers.sam import resolve_device
 
 __all__ = [
     "AutoencoderRecipe",
     "AutoencoderTrainer",
+    "DecoderRecipe",
+    "DecoderTrainer",
+    "Discriminator",
     "Scenes",
     "UNetRecipe",
     "UNetTrainer",
@@ -48,7 +55,9 @@ __all__ = [
     "drawing_weights",
     "encode_scenes",
     "held_out",
+    "pixel_losses",
     "prepare",
+    "random_crops",
     "scene",
     "score_autoencoder",
     "texture",
@@ -58,6 +67,7 @@ __all__ = [
 SCENE = 256
 _SHARD = 25
 _HELD_OUT_SEED = 987_654_321
+_SECOND_ROUND = "## Second round of the decoder"
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -294,6 +304,35 @@ def _turn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     ])  # fmt: skip
 
 
+def random_crops(
+    scenes: Scenes, recipe: AutoencoderRecipe | DecoderRecipe, generator: torch.Generator
+) -> torch.Tensor:
+    """Random crops with flips, quarter turns and stain jitter.
+
+    Returns
+    -------
+    (batch, 3, crop, crop) float32 Tensor
+        In [-1, 1].
+    """
+    crops = []
+    for _ in range(recipe.batch):
+        image = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
+        y, x = (
+            int(torch.randint(side - recipe.crop + 1, (1,), generator=generator))
+            for side in image.shape[:2]
+        )
+        crops.append(image[y : y + recipe.crop, x : x + recipe.crop])
+    strength = float(torch.rand(1, generator=generator)) * 2 * recipe.jitter
+    return colour_jitter(_turn(to_tensor(np.stack(crops)), generator), strength,
+                         generator=generator)  # fmt: skip
+
+
+def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean absolute error of pixels, and of their differences to the neighbours."""
+    d = out - x
+    return d.abs().mean(), d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 
@@ -318,7 +357,32 @@ class AutoencoderRecipe:
     jitter: float = 0.5
     warmup: int = 200
     ema: float = 0.998
-    bf16: bool = True
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderRecipe:
+    """Settings of the second round of the decoder, against a discriminator."""
+
+    seed: int = 0
+    steps: int = 4000
+    minutes: float | None = None
+    crop: int = 64
+    batch: int = 6
+    scenes: int = 3000
+    textures: float = 0.15
+    rate: float = 2e-4
+    gradient: float = 0.5
+    judge_rate: float = 4e-4
+    adversarial: float = 0.8
+    features: float = 4.0
+    alone: int = 100
+    smoothed: float = 0.5
+    t_max: int = 200
+    jitter: float = 0.3
+    warmup: int = 50
+    ema: float = 0.998
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -340,7 +404,8 @@ class UNetRecipe:
     jitter: float = 0.15
     views: int = 2
     ihc: int = 2
-    bf16: bool = True
+    start: str | None = None
+    bf16: bool = False
 
 
 def _rate(progress: float, step: int, warmup: int) -> float:
@@ -360,16 +425,25 @@ class _Trainer:
     kind: str
     keep: tuple[str, ...] = ()
 
-    def __init__(self, recipe: Any, model: nn.Module, scenes: Scenes | None) -> None:
-        self.recipe, self.scenes = recipe, scenes
-        self.model = model.to(memory_format=torch.channels_last).train().requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
-        )
+    def __init__(
+        self, recipe: Any, model: nn.Module, scenes: Scenes | None, device: str | torch.device
+    ) -> None:
+        self.recipe, self.scenes, self.device = recipe, scenes, resolve_device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model.train().requires_grad_(True)
+        self.optimiser = self._optimiser(self.model)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
+
+    def _optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            model.parameters(), lr=self.recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16)
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by time, whichever is further."""
@@ -426,7 +500,7 @@ class _Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint that :meth:`save` wrote."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         if state.get("kind") != self.kind:
             raise ValueError(
                 f"{path} is no checkpoint of the {self.kind}: remove it or name another"
@@ -435,7 +509,7 @@ class _Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
         self.curve = state["curve"]
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         for key in self.keep:
             setattr(self, key, state[key])
 
@@ -501,8 +575,9 @@ class AutoencoderTrainer(_Trainer):
     keep = ("shift", "scale")
 
     def __init__(
-        self, recipe: AutoencoderRecipe, scenes: Scenes, *, test: np.ndarray | None = None
-    ) -> None:
+        self, recipe: AutoencoderRecipe, scenes: Scenes, *, test: np.ndarray | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
         build = {
             "channels": list(recipe.channels),
@@ -510,35 +585,21 @@ class AutoencoderTrainer(_Trainer):
             "latent_channels": recipe.latent_channels,
             "image_patch": recipe.image_patch,
         }
-        super().__init__(recipe, build_autoencoder(**build), scenes)
+        super().__init__(recipe, build_autoencoder(**build), scenes, device)
         self.build, self.test = build, test
         self.shift, self.scale = 0.0, 1.0
 
-    def batch(self) -> torch.Tensor:
-        """Random crops with flips, quarter turns and stain jitter, in [-1, 1]."""
-        r, g = self.recipe, self.generator
-        crops = []
-        for _ in range(r.batch):
-            image = self.scenes[int(torch.randint(len(self.scenes), (1,), generator=g))]
-            y, x = (
-                int(torch.randint(side - r.crop + 1, (1,), generator=g)) for side in image.shape[:2]
-            )
-            crops.append(image[y : y + r.crop, x : x + r.crop])
-        strength = float(torch.rand(1, generator=g)) * 2 * r.jitter
-        return colour_jitter(_turn(to_tensor(np.stack(crops)), g), strength, generator=g)
-
     def loss(self) -> dict[str, torch.Tensor]:
         """Reconstruction of a batch of crops."""
-        r, x = self.recipe, self.batch()
-        with torch.autocast("cpu", torch.bfloat16, enabled=r.bf16):
+        r = self.recipe
+        x = random_crops(self.scenes, r, self.generator).to(self.device)
+        with self._autocast():
             moments = self.model._encode(F.pixel_unshuffle(x, r.image_patch))
             mean, logvar = moments.float().chunk(2, dim=1)
             logvar = logvar.clamp(-20, 5)
-            noise = torch.randn(mean.shape, generator=self.generator)
+            noise = torch.randn(mean.shape, generator=self.generator).to(self.device)
             out = self.model.decode(mean + torch.exp(0.5 * logvar) * noise).sample
-        d = F.pixel_shuffle(out.float(), r.image_patch) - x
-        l1 = d.abs().mean()
-        edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+        l1, edges = pixel_losses(F.pixel_shuffle(out.float(), r.image_patch), x)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return {"loss": l1 + r.gradient * edges + r.kl * kl, "l1": l1, "kl": kl}
 
@@ -546,11 +607,12 @@ class AutoencoderTrainer(_Trainer):
         """Return a model of the averaged weights, latents scaled to unit variance."""
         autoencoder = build_autoencoder(**self.build)
         autoencoder.load_state_dict(self.average)
-        model = LatentDiffusion(autoencoder, image_patch=self.recipe.image_patch)
+        model = LatentDiffusion(autoencoder, image_patch=self.recipe.image_patch).to(self.device)
         n = min(32, len(self.scenes))
         pick = np.linspace(0, len(self.scenes) - 1, n).astype(int)
         with torch.no_grad():
-            z = model.encode(to_tensor(np.stack([self.scenes[i] for i in pick])))
+            pictures = np.stack([self.scenes[i] for i in pick])
+            z = model.encode(to_tensor(pictures, device=self.device))
         self.shift, self.scale = float(z.mean()), float(1 / z.std())
         model.shift, model.scale = self.shift, self.scale
         return model
@@ -568,6 +630,176 @@ class AutoencoderTrainer(_Trainer):
         save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
         _write_log(self, path)
         _write_card(self, path, command)
+
+
+class Discriminator(nn.Module):
+    """Patch discriminator: says of each patch of about 30 pixels whether it is a photograph.
+
+    As in pix2pix (Isola et al. 2017). Beside the image it is given what is left of it when a mean
+    of 3 x 3 pixels is taken away, enlarged: that is where decoded images differ, and with it a
+    hundred steps teach what takes thousands without.
+    """
+
+    def __init__(self, channels: Sequence[int] = (32, 64, 64), *, detail: float = 6.0) -> None:
+        super().__init__()
+        self.detail = detail
+        self.layers = nn.ModuleList()
+        before = 6
+        for i, c in enumerate(channels):
+            last = i == len(channels) - 1
+            conv = nn.Conv2d(before, c, 3 if last else 4, stride=1 if last else 2, padding=1)
+            norm = nn.GroupNorm(8, c) if i else nn.Identity()
+            self.layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
+            before = c
+        self.layers.append(nn.Conv2d(before, 1, 3, padding=1))
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of all layers; the last one is the verdict on each patch."""
+        mean = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1)
+        found = [torch.cat([x, self.detail * (x - mean)], 1)]
+        for layer in self.layers:
+            found.append(layer(found[-1]))
+        return found[1:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Verdicts, (N, 1, h, w): positive for photographs."""
+        return self.features(x)[-1]
+
+
+class DecoderTrainer(_Trainer):
+    """Second round of the decoder: sharper pictures, also from latents that are a little smooth.
+
+    Trained on pixel errors alone, a decoder answers doubt with the mean, which is smooth. Here a
+    discriminator (hinge loss) and its features (Wang et al. 2018) judge the pictures as well. The
+    encoder stays as it is, so that a noise network trained on its latents stays valid.
+
+    A share of the latents has first been noised to a low level and denoised by the noise network:
+    that is how latents look at the end of sampling.
+
+    Parameters
+    ----------
+    recipe : DecoderRecipe
+    model : LatentDiffusion
+        Where to start; with a noise network if ``recipe.smoothed`` > 0.
+    scenes : Scenes
+    test : (n, H, W, 3) uint8 ndarray, optional
+        Held-out images.
+    """
+
+    kind = "decoder"
+
+    def __init__(
+        self, recipe: DecoderRecipe, model: LatentDiffusion, scenes: Scenes, *,
+        test: np.ndarray | None = None, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        torch.manual_seed(recipe.seed)
+        if recipe.smoothed > 0 and model.unet is None:
+            raise ValueError(
+                f"smoothed = {recipe.smoothed} needs a noise network: give a model that has one, "
+                "or smoothed = 0"
+            )
+        self.latents = model.to(resolve_device(device))
+        autoencoder = model.autoencoder
+        super().__init__(
+            recipe, nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]), scenes,
+            device,
+        )  # fmt: skip
+        self.discriminator = Discriminator().to(self.device, memory_format=torch.channels_last)
+        self.judge = torch.optim.AdamW(
+            self.discriminator.parameters(), lr=recipe.judge_rate, betas=(0.5, 0.9)
+        )
+        self.test = test
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later, the discriminator included."""
+        return {
+            **super().state(),
+            "discriminator": self.discriminator.state_dict(),
+            "judge": self.judge.state_dict(),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint that :meth:`save` wrote."""
+        super().resume(path)
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.judge.load_state_dict(state["judge"])
+
+    def _latents(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents of images, a share of them noised and denoised."""
+        r, model, g = self.recipe, self.latents, self.generator
+        with torch.no_grad(), self._autocast():
+            z = model.encode(x)
+            n = int((torch.rand(len(z), generator=g) < r.smoothed).sum())
+            if n:
+                t = torch.randint(r.t_max, (n,), generator=g).to(self.device)
+                a = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+                noise = torch.randn(z[:n].shape, generator=g).to(self.device)
+                z_t = a.sqrt() * z[:n] + (1 - a).sqrt() * noise
+                z = torch.cat([(z_t - (1 - a).sqrt() * model.eps(z_t, t)) / a.sqrt(), z[n:]])
+        return z
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """One step of the discriminator, and the losses of the decoder."""
+        r = self.recipe
+        x = random_crops(self.scenes, r, self.generator).to(self.device)
+        z = self._latents(x)
+        with self._autocast():
+            out = self.latents.decode(z)
+        verdicts = [self.discriminator(y) for y in (x, out.detach())]
+        hinge = F.relu(1 - verdicts[0]).mean() + F.relu(1 + verdicts[1]).mean()
+        self.judge.zero_grad(set_to_none=True)
+        hinge.backward()
+        self.judge.step()
+
+        l1, edges = pixel_losses(out, x)
+        with torch.no_grad():
+            real = self.discriminator.features(x)
+        fake = self.discriminator.features(out)
+        match = sum(F.l1_loss(a, b) for a, b in zip(fake[:-1], real[:-1], strict=True))
+        fool = -fake[-1].mean()
+        weight = r.adversarial * float(self.step >= r.alone)  # the judge has a head start
+        pixels, judged = l1 + r.gradient * edges, fool + r.features * match
+        loss = pixels + weight * self._balance(pixels, judged) * judged
+        return {"loss": loss, "l1": l1, "hinge": hinge, "match": match, "fool": fool}
+
+    def _balance(self, pixels: torch.Tensor, judged: torch.Tensor) -> torch.Tensor:
+        """Ratio of the gradients of two losses at the last layer (Esser et al. 2021, Eq. 7)."""
+        last = self.latents.autoencoder.decoder.conv_out.weight
+        sizes = [
+            torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (pixels, judged)
+        ]
+        return (sizes[0] / (sizes[1] + 1e-6)).clamp(max=1e4).detach()
+
+    def latent_diffusion(self) -> LatentDiffusion:
+        """Return the whole model with the averaged decoder."""
+        model = copy.deepcopy(self.latents).requires_grad_(False).eval()
+        parts = nn.ModuleList([model.autoencoder.post_quant_conv, model.autoencoder.decoder])
+        parts.load_state_dict(self.average)
+        return model
+
+    def evaluate(self) -> dict[str, float]:
+        """PSNR, SSIM and sharpness on the held-out images."""
+        if self.test is None:
+            return {}
+        return score_autoencoder(self.latent_diffusion(), self.test)
+
+    def export(self, path: Path, command: str) -> None:
+        """Write the first stage with the new decoder, curve and model card."""
+        model = self.latent_diffusion()
+        config = model.autoencoder.config
+        build = {
+            "channels": list(config.block_out_channels),
+            "layers": config.layers_per_block,
+            "latent_channels": config.latent_channels,
+            "image_patch": model.image_patch,
+        }
+        scales = {"image_patch": model.image_patch, "shift": model.shift, "scale": model.scale}
+        save_weights(
+            path, "autoencoder", model.autoencoder.state_dict(), {"build": build, "model": scales}
+        )
+        _write_log(self, Path(path).with_name("decoder.json"))
+        _add_to_card(self, Path(path), command)
 
 
 class UNetTrainer(_Trainer):
@@ -588,7 +820,7 @@ class UNetTrainer(_Trainer):
 
     def __init__(
         self, recipe: UNetRecipe, first_stage: LatentDiffusion, z: torch.Tensor, *,
-        test: torch.Tensor | None = None,
+        test: torch.Tensor | None = None, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
         self.build = {
@@ -597,15 +829,19 @@ class UNetTrainer(_Trainer):
             "latent_channels": first_stage.channels,
             "latent_patch": recipe.latent_patch,
         }
-        super().__init__(recipe, build_unet(**self.build), None)
-        self.first_stage, self.z, self.test = first_stage, z, test
+        unet = build_unet(**self.build)
+        if recipe.start:
+            given = load_latent_diffusion(recipe.start).unet
+            unet.load_state_dict(given.state_dict())
+        super().__init__(recipe, unet, None, device)
+        self.first_stage, self.z, self.test = first_stage.to(self.device), z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
 
     def _network(self, model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         p = self.recipe.latent_patch
 
         def network(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            with self._autocast():
                 folded = F.pixel_unshuffle(z, p) if p > 1 else z
                 out = model(folded.contiguous(memory_format=torch.channels_last), t).sample
             return F.pixel_shuffle(out.float(), p) if p > 1 else out.float()
@@ -613,11 +849,13 @@ class UNetTrainer(_Trainer):
         return network
 
     def loss(self) -> dict[str, torch.Tensor]:
-        """Denoising score matching on a batch of latents."""
-        pick = torch.randint(len(self.z), (self.recipe.batch,), generator=self.generator)
+        """Denoising score matching on a batch of latents, with times spread evenly over it."""
+        g, n, a = self.generator, self.recipe.batch, self.first_stage.alphas_cumprod
+        pick = torch.randint(len(self.z), (n,), generator=g)
+        t = ((torch.arange(n) + torch.rand(1, generator=g)) / n * len(a)).long()
         loss = dsm_loss(
-            self._network(self.model), self.z[pick].float(), self.first_stage.alphas_cumprod,
-            prediction="v_prediction", generator=self.generator,
+            self._network(self.model), self.z[pick].float().to(self.device), a, t=t,
+            prediction="v_prediction", generator=g,
         ).mean()  # fmt: skip
         return {"loss": loss}
 
@@ -629,7 +867,7 @@ class UNetTrainer(_Trainer):
         return LatentDiffusion(
             first.autoencoder, unet, image_patch=first.image_patch, shift=first.shift,
             scale=first.scale, schedule=first.schedule, **self.keep_config,
-        )  # fmt: skip
+        ).to(self.device)  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
         """Denoising loss of the averaged weights on held-out latents, noise and times fixed."""
@@ -639,8 +877,9 @@ class UNetTrainer(_Trainer):
         generator = torch.Generator().manual_seed(0)
         t = (torch.arange(len(self.test)) * 997) % 1000
         with torch.no_grad():
-            loss = dsm_loss(self._network(model.unet), self.test, model.alphas_cumprod, t=t,
-                            prediction="v_prediction", generator=generator)  # fmt: skip
+            loss = dsm_loss(self._network(model.unet), self.test.to(self.device),
+                            model.alphas_cumprod, t=t, prediction="v_prediction",
+                            generator=generator)  # fmt: skip
         return {"held_out_loss": float(loss.mean())}
 
     def export(self, path: Path, command: str) -> None:
@@ -671,14 +910,14 @@ def encode_scenes(
                 x = to_tensor(np.stack([scenes[k] for k in range(i, min(i + batch, len(scenes)))]))
                 x = _turn(x, generator)
                 x = torch.cat([colour_jitter(y[None], jitter, generator=generator) for y in x])
-                found.append(model.encode(x).half())
+                found.append(model.encode(x.to(model.device)).half().cpu())
             if log:
                 log(f"encoded view {view + 1} of {views}: {len(scenes)} images")
     return torch.cat(found)
 
 
 def score_autoencoder(model: LatentDiffusion, images: np.ndarray) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of images against their reconstructions.
+    """Mean PSNR (dB), SSIM and sharpness of reconstructions of images.
 
     Parameters
     ----------
@@ -687,7 +926,8 @@ def score_autoencoder(model: LatentDiffusion, images: np.ndarray) -> dict[str, f
     Returns
     -------
     dict
-        "psnr", "ssim".
+        "psnr", "ssim", and "sharpness": the mean absolute Laplacian of the reconstruction over
+        that of the image; below 1 it is smoother.
     """
     from skimage.metrics import structural_similarity
 
@@ -696,8 +936,13 @@ def score_autoencoder(model: LatentDiffusion, images: np.ndarray) -> dict[str, f
         for image in images:
             back = to_uint8(model.decode(model.encode(to_tensor(image, device=model.device))))[0]
             ssim = structural_similarity(image, back, channel_axis=-1, data_range=255)
-            scores.append((psnr(image, back), ssim))
-    return dict(zip(("psnr", "ssim"), np.mean(scores, axis=0).tolist(), strict=True))
+            scores.append((psnr(image, back), ssim, _roughness(back) / _roughness(image)))
+    return dict(zip(("psnr", "ssim", "sharpness"), np.mean(scores, axis=0).tolist(), strict=True))
+
+
+def _roughness(image: np.ndarray) -> float:
+    """Mean absolute Laplacian of the luminance, plus a trifle, so that ratios are finite."""
+    return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
 def _write_log(trainer: _Trainer, path: Path) -> None:
@@ -756,6 +1001,35 @@ The training curve is in `{path.with_suffix(".json").name}`.
 """, encoding="utf-8")  # fmt: skip
 
 
+def _add_to_card(trainer: _Trainer, path: Path, command: str) -> None:
+    """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
+    r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
+    card = path.with_suffix(".md")
+    before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
+    before = before.split(_SECOND_ROUND)[0].rstrip()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest}`", before)
+    card.write_text(f"""{before}
+
+{_SECOND_ROUND}
+
+The decoder went on against a discriminator; the encoder, and so the latents, stayed as they were. \
+The digest above is that of the file as it is now.
+
+| | |
+|---|---|
+| data | {r.scenes} other scenes of the same kind |
+| command | `{command}` |
+| seed | {r.seed} |
+| steps | {trainer.step} of {r.batch} crops of {r.crop} px, {trainer.seconds / 60:.0f} minutes |
+| held-out score | PSNR {last.get("psnr", 0):.2f} dB, SSIM {last.get("ssim", 0):.3f}, sharpness \
+{last.get("sharpness", 0):.2f} (mean absolute Laplacian over that of the image) on the same 24 \
+phantoms |
+
+The training curve of this round is in `decoder.json`.
+""", encoding="utf-8")  # fmt: skip
+
+
 def _cached_latents(
     path: Path, weights: Path, model: LatentDiffusion, scenes: Scenes, recipe: UNetRecipe,
     log: Callable[[str], None],
@@ -781,7 +1055,7 @@ def _cached_latents(
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see ``python -m helpers.train_latent --help``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("prepare", "autoencoder", "unet"))
+    parser.add_argument("what", choices=("prepare", "autoencoder", "decoder", "unet"))
     parser.add_argument(
         "--work",
         type=Path,
@@ -790,20 +1064,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=Path, help="train on the images of this folder instead")
     parser.add_argument("--weights", type=Path, help="file to write")
-    parser.add_argument("--autoencoder", type=Path, default=AUTOENCODER_WEIGHTS,
-                        help="first stage of the unet")  # fmt: skip
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        default=AUTOENCODER_WEIGHTS,
+        help="first stage of the unet; the decoder goes on from the pair in its folder",
+    )
+    parser.add_argument("--start", help='weights the unet goes on from, e.g. "small"')
+    parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--bf16", action="store_true", default=None, help="mixed precision")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float, help="stop by time, with the decay fitted to it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int)
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
+    parser.add_argument("--score-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     o = parser.parse_args(argv)
     torch.set_num_threads(o.threads)
     cv2.setNumThreads(o.threads)
     say = lambda line: print(line, flush=True)  # noqa: E731
-    given = {k: getattr(o, k) for k in ("steps", "minutes", "scenes") if getattr(o, k)}
-    recipe = {"autoencoder": AutoencoderRecipe}.get(o.what, UNetRecipe)(seed=o.seed, **given)
+    kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
+    names = {"steps", "minutes", "scenes", "rate", "start", "bf16"} & {f.name for f in fields(kind)}
+    recipe = kind(seed=o.seed, **{k: v for k in names if (v := getattr(o, k)) is not None})
     if o.images is None and not o.no_prepare:
         prepare(o.work / "scenes", recipe.scenes, seed=o.seed, textures=recipe.textures, log=say)
     if o.what == "prepare":
@@ -811,7 +1095,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     scenes = Scenes(o.images or o.work / "scenes")
     command = f"python -m helpers.train_latent {o.what}"
     if o.what == "autoencoder":
-        trainer: _Trainer = AutoencoderTrainer(recipe, scenes, test=held_out())
+        trainer: _Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
+        path = o.weights or AUTOENCODER_WEIGHTS
+    elif o.what == "decoder":
+        trainer = DecoderTrainer(
+            recipe,
+            load_latent_diffusion(o.autoencoder.parent),
+            scenes,
+            test=held_out(),
+            device=o.device,
+        )
         path = o.weights or AUTOENCODER_WEIGHTS
     else:
         path = o.weights or UNET_WEIGHTS
@@ -825,10 +1118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 len(scenes), seed=o.seed, textures=recipe.textures, ihc=recipe.ihc
             )
             z = z[np.repeat(np.arange(len(z)), np.tile(times, recipe.views))]
-        trainer = UNetTrainer(recipe, first_stage, z, test=test)
+        trainer = UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
     o.work.mkdir(parents=True, exist_ok=True)
     trainer.run(
-        checkpoint=o.work / f"{o.what}.pt", log=say, export=lambda t: t.export(path, command)
+        checkpoint=o.work / f"{o.what}.pt",
+        log=say,
+        export=lambda t: t.export(path, command),
+        score_every=o.score_every,
     )
 
 

@@ -102,7 +102,18 @@ def test_times_decrease_and_end_low(n):
         assert times == timesteps(n, 1000, spacing="leading")
 
 
+@pytest.mark.parametrize(("n", "strength"), [(1, 0.3), (8, 0.3), (20, 0.5), (500, 0.5), (7, 1.0)])
+def test_strength_walks_the_lowest_levels_only(n, strength):
+    times = timesteps(n, 1000, strength=strength)
+    assert len(times) == n and times[0] == round(1000 * strength) - 1 and min(times) >= 0
+    assert all(a > b for a, b in itertools.pairwise(times))
+    assert timesteps(n, 1000, strength=1.0) == timesteps(n, 1000)
+    assert network_calls(n, method="projection", strength=strength) == (n, 0)
+
+
 def test_wrong_numbers_of_steps_are_refused():
+    with pytest.raises(ValueError, match=r"steps=200 .* 100 steps .*strength=0.1 of 1000"):
+        timesteps(200, 1000, strength=0.1)
     for n in (0, 1001):
         with pytest.raises(ValueError, match=f"steps={n}"):
             timesteps(n, 1000)
@@ -227,6 +238,8 @@ def test_gradient_steps_are_the_last_ones():
         ({"n_solve": 0}, "n_solve=0"),
         ({"guided": 0.0}, "guided=0.0.*projection"),
         ({"guided": 1.5}, "guided=1.5"),
+        ({"strength": 0.0}, "strength=0.0.*pure noise"),
+        ({"strength": 1.1}, "strength=1.1"),
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"eta": 2.0}, "eta=2.0"),
         ({"solver": "euler", "eta": 0.5}, "eta=0.5 belongs to solver='ddim'"),
@@ -501,3 +514,36 @@ def test_without_known_part_samples_are_the_prior(solver):
     )
     assert np.abs(x.mean(0) - prior.mean.numpy()).max() < 0.08
     assert np.abs(np.cov(x.T) - prior.cov.numpy()).max() < 0.08
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("strength", [0.3, 0.6])
+def test_starting_from_posterior_samples_leaves_the_posterior_as_it_is(solver, strength):
+    """Noised and walked back, exact samples of the posterior are exact samples again."""
+    prior, known, n = gaussian(4, seed=3), np.array([True, False, True, False]), 4000
+    values = np.array([0.8, 0.0, -0.5, 0.0])
+    mean, cov = prior.posterior(known, values)
+    z_y = np.tile(values, (n, 1))
+    z_y[:, ~known] = np.random.default_rng(0).multivariate_normal(mean, cov, n)
+    z = inpaint_latents(
+        prior.eps, torch.from_numpy(z_y), torch.from_numpy(known)[None].double(), A,
+        generators=torch.Generator().manual_seed(0), method="mmps", solver=solver, n_solve=2,
+        steps=40, strength=strength,
+    ).numpy()  # fmt: skip
+    assert np.array_equal(z[:, known], z_y[:, known])
+    assert np.linalg.norm(z[:, ~known].mean(0) - mean) < 0.06
+    bound = 0.2 if solver == "ddim" else 0.1  # few DDIM steps shrink the variance
+    assert np.linalg.norm(np.cov(z[:, ~known].T) - cov) < bound
+    apart = [np.corrcoef(z[:, k], z_y[:, k])[0, 1] for k in np.flatnonzero(~known)]
+    assert min(apart) < 0.999  # they are other samples
+
+
+def test_the_weaker_the_nearer_to_what_was_there():
+    prior, known = field()
+    z_y = torch.from_numpy(np.random.default_rng(1).normal(size=(200, 12)))
+    m = torch.from_numpy(known)[None].double()
+    moved = []
+    for strength in (0.01, 0.2, 0.5, 1.0):
+        z = run(prior.eps, z_y, m, method="projection", steps=10, strength=strength)
+        moved.append(float((z - z_y).abs().mean()))
+    assert moved[0] < 0.05 and moved == sorted(moved)

@@ -1,6 +1,8 @@
 """Training of the latent diffusion model: images, a few steps, resuming, export."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +14,16 @@ from helpers.latent import load_autoencoder, load_latent_diffusion
 from helpers.train_latent import (
     AutoencoderRecipe,
     AutoencoderTrainer,
+    DecoderRecipe,
+    DecoderTrainer,
+    Discriminator,
     Scenes,
     UNetRecipe,
     UNetTrainer,
     colour_jitter,
     encode_scenes,
     held_out,
+    pixel_losses,
     prepare,
     scene,
     score_autoencoder,
@@ -25,6 +31,7 @@ from helpers.train_latent import (
 )
 
 AE = AutoencoderRecipe(steps=4, channels=(8, 16), crop=32, batch=2, warmup=2, bf16=False)
+DECODER = DecoderRecipe(steps=4, crop=32, batch=2, warmup=2)
 UNET = UNetRecipe(steps=4, channels=(32, 32, 32), batch=2, warmup=2, bf16=False)
 
 
@@ -137,6 +144,8 @@ def test_unet_learns_resumes_and_is_exported(images, tmp_path):
     for _ in range(2):
         half.advance()
     half.save(tmp_path / "unet.pt")
+    with pytest.raises(FileNotFoundError, match="latent checkpoint 'nowhere'"):
+        UNetTrainer(replace(UNET, start="nowhere"), first, z)
     rest = UNetTrainer(UNET, first, z).run(
         checkpoint=tmp_path / "unet.pt", every=2, score_every=2, log=None,
         export=lambda t: t.export(tmp_path / "unet.safetensors", "command"),
@@ -154,7 +163,114 @@ def test_training_lowers_the_loss(images):
                                jitter=0.0, rate=3e-3)  # fmt: skip
     trainer = AutoencoderTrainer(recipe, Scenes(images)).run(every=10, score_every=100, log=None)
     assert trainer.curve[-1]["l1"] < 0.85 * trainer.curve[0]["l1"]
-    assert set(score_autoencoder(trainer.latent_diffusion(), images[:1])) == {"psnr", "ssim"}
+    scores = score_autoencoder(trainer.latent_diffusion(), images[:1])
+    assert set(scores) == {"psnr", "ssim", "sharpness"}
+    assert scores["sharpness"] < 1  # sixty steps make smooth pictures
+
+
+def test_pixel_losses_are_means_over_pixels_and_over_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 5, 7, generator=generator)
+    l1, edges = pixel_losses(a, b)
+    d = (a - b).numpy()
+    across = np.mean([abs(d[n, c, y, x + 1] - d[n, c, y, x]) for n in range(2) for c in range(3)
+                      for y in range(5) for x in range(6)])  # fmt: skip
+    down = np.mean([abs(d[n, c, y + 1, x] - d[n, c, y, x]) for n in range(2) for c in range(3)
+                    for y in range(4) for x in range(7)])  # fmt: skip
+    assert float(l1) == pytest.approx(abs(d).mean(), rel=1e-5)
+    assert float(edges) == pytest.approx(across + down, rel=1e-5)
+
+
+# --- second round of the decoder ------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(images, tmp_path):
+    """A small autoencoder and noise network, saved and loaded."""
+    stage = AutoencoderTrainer(AE, Scenes(images))
+    stage.export(tmp_path / "autoencoder.safetensors", "command")
+    first = load_autoencoder(tmp_path / "autoencoder.safetensors")
+    z = torch.zeros(2, 4, 16, 16).half()
+    UNetTrainer(UNET, first, z).export(tmp_path / "unet.safetensors", "command")
+    return load_latent_diffusion(tmp_path)
+
+
+def test_decoder_learns_resumes_and_leaves_the_encoder_alone(pair, images, tmp_path):
+    encoder = {k: v.clone() for k, v in pair.autoencoder.state_dict().items() if "encoder" in k}
+    decoder = pair.autoencoder.decoder.conv_out.weight.clone()
+    copies = [load_latent_diffusion(tmp_path) for _ in range(2)]
+    whole = DecoderTrainer(DECODER, pair, Scenes(images), test=images[:2])
+    whole.run(every=2, score_every=2, log=None)
+    assert {"l1", "hinge", "match", "fool", "psnr", "sharpness"} <= set(whole.curve[-1])
+    half = DecoderTrainer(DECODER, copies[0], Scenes(images))
+    for _ in range(2):
+        half.advance()
+    half.save(tmp_path / "decoder.pt")
+    rest = DecoderTrainer(DECODER, copies[1], Scenes(images)).run(
+        checkpoint=tmp_path / "decoder.pt", every=2, score_every=2, log=None,
+        export=lambda t: t.export(tmp_path / "new.safetensors", "command"),
+    )  # fmt: skip
+    for key, value in whole.average.items():
+        torch.testing.assert_close(rest.average[key], value)
+    new = load_autoencoder(tmp_path / "new.safetensors").autoencoder
+    for key, value in encoder.items():
+        torch.testing.assert_close(new.state_dict()[key], value)
+    assert not torch.equal(new.decoder.conv_out.weight, decoder)
+    log = json.loads((tmp_path / "decoder.json").read_text())
+    assert log["recipe"]["adversarial"] > 0 and log["curve"]
+
+
+def test_second_round_is_added_to_the_card_once(pair, images, tmp_path):
+    path = tmp_path / "autoencoder.safetensors"
+    before = path.with_suffix(".md").read_text()
+    trainer = DecoderTrainer(replace(DECODER, alone=0), pair, Scenes(images))
+    for _ in range(2):
+        trainer.advance()
+        trainer.export(path, "python -m helpers.train_latent decoder")
+    card = path.with_suffix(".md").read_text()
+    assert card.startswith(before.split("| SHA-256")[0])
+    assert card.count("## Second round") == card.count("train_latent decoder") == 1
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+
+
+def test_decoder_sees_a_share_of_latents_noised_and_denoised(pair, images):
+    x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    exact = pair.encode(x)
+    none = DecoderTrainer(DecoderRecipe(smoothed=0.0), pair, Scenes(images))
+    torch.testing.assert_close(none._latents(x), exact)
+    some = DecoderTrainer(DecoderRecipe(smoothed=0.5), pair, Scenes(images))
+    changed = ((some._latents(x) - exact).abs().flatten(1).amax(1) > 1e-3).float().mean()
+    assert 0.2 < float(changed) < 0.8
+
+
+def test_decoder_balances_its_losses_at_the_last_layer(pair, images):
+    trainer = DecoderTrainer(DECODER, pair, Scenes(images))
+    weight = trainer.latents.autoencoder.decoder.conv_out.weight
+    one, three = weight.square().sum(), 3 * weight.square().sum()
+    assert float(trainer._balance(one, three)) == pytest.approx(1 / 3, rel=1e-4)
+
+
+def test_decoder_needs_a_noise_network_for_smoothed_latents(images, tmp_path):
+    AutoencoderTrainer(AE, Scenes(images)).export(tmp_path / "autoencoder.safetensors", "command")
+    first = load_autoencoder(tmp_path / "autoencoder.safetensors")
+    with pytest.raises(ValueError, match=r"smoothed = 0.5 needs a noise network"):
+        DecoderTrainer(DECODER, first, Scenes(images))
+
+
+def test_discriminator_learns_to_tell_sharp_from_blurred():
+    torch.manual_seed(0)
+    judge, generator = Discriminator((8, 8, 8)), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(judge.parameters(), 1e-2)
+    for _ in range(60):
+        sharp = torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1
+        blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+        loss = (1 - judge(sharp)).relu().mean() + (1 + judge(blurred)).relu().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        assert float(judge(sharp).mean()) > float(judge(blurred).mean()) + 0.5
+    assert len(judge.features(sharp)) == 4
 
 
 def test_time_limit_ends_the_run(images):
@@ -185,4 +301,9 @@ def test_command_line_trains_on_a_folder(images, tmp_path, monkeypatch, capsys):
          "--autoencoder", str(tmp_path / "autoencoder.safetensors")]
     )  # fmt: skip
     assert (tmp_path / "unet.safetensors").exists()
+    train_latent.main(
+        ["decoder", *arguments, "--weights", str(tmp_path / "sharper.safetensors"),
+         "--autoencoder", str(tmp_path / "autoencoder.safetensors")]
+    )  # fmt: skip
+    assert (tmp_path / "sharper.safetensors").exists() and (tmp_path / "decoder.json").exists()
     assert "held_out_loss" in capsys.readouterr().out

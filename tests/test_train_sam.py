@@ -1,5 +1,6 @@
 """Scenes, clicks, losses, and a training run of two steps."""
 
+import argparse
 import itertools
 import json
 import warnings
@@ -17,8 +18,10 @@ from helpers.train_sam import (
     Recipe,
     Scenes,
     Trainer,
+    add_recipe,
     augment,
     clicks,
+    command_line,
     evaluate,
     export,
     held_out,
@@ -235,3 +238,24 @@ def test_evaluation_counts_each_gland_once(folder):
     sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
     score = evaluate(sam, images, instances, rng=np.random.default_rng(0))
     assert 0 <= score["picked_iou"] <= score["oracle_iou"] <= 1 and score["n"] > 0
+
+
+def test_command_line_of_a_recipe_gives_that_recipe_back():
+    assert command_line(Recipe()) == "python -m helpers.train_sam"
+    recipe = Recipe(seed=3, minutes=2.5, body_rate=1e-5, start="small", pretrained=False, bf16=True)
+    parser = argparse.ArgumentParser()
+    add_recipe(parser)
+    words = command_line(recipe).removeprefix("python -m helpers.train_sam ").split()
+    assert Recipe(**vars(parser.parse_args(words))) == recipe
+
+
+def test_a_run_can_go_on_from_weights(folder, tmp_path):
+    first = Trainer(RECIPE, Scenes(folder / "scenes"))
+    first.advance()
+    export(first, tmp_path / "a.safetensors")
+    recipe = replace(RECIPE, start=str(tmp_path / "a.safetensors"))
+    second = Trainer(recipe, Scenes(folder / "scenes"))
+    for key, value in second.model.sam.state_dict().items():
+        torch.testing.assert_close(value, first.average[key], rtol=2e-3, atol=2e-3)
+    export(second, tmp_path / "b.safetensors")
+    assert "--start" in (tmp_path / "b.md").read_text()
