@@ -18,12 +18,14 @@ import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 from torch.nn import functional as F
@@ -270,12 +272,41 @@ def _read_official(path: Path) -> Sam:
             f"{path}: encoder width {state[key].shape[-1]} is none of {kinds}. "
             "Only the official architectures are supported."
         )
-    sam = sam_model_registry[kind]()
+    sam = build_official(kind)
     try:
         sam.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {kind}: {str(error)[:300]}") from error
     return sam
+
+
+def build_official(kind: str) -> Sam:
+    """Build "vit_b", "vit_l" or "vit_h" with random weights, for little memory.
+
+    The attention of the encoder's global layers is computed head by head: the same numbers, and
+    one map of 4096 x 4096 weights in memory instead of all twelve or sixteen.
+    """
+    sam = sam_model_registry[kind]()
+    for block in sam.image_encoder.blocks:
+        if block.window_size == 0:
+            block.attn.forward = MethodType(_attend_by_head, block.attn)
+    return sam
+
+
+def _attend_by_head(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``segment_anything.modeling.image_encoder.Attention.forward``, one head after the other."""
+    b, h, w, _ = x.shape
+    qkv = attn.qkv(x).reshape(b, h * w, 3, attn.num_heads, -1)
+    heads = []
+    for i in range(attn.num_heads):
+        q, k, v = qkv[:, :, :, i].unbind(2)
+        weights = (q * attn.scale) @ k.transpose(-2, -1)
+        if attn.use_rel_pos:
+            weights = add_decomposed_rel_pos(
+                weights, q, attn.rel_pos_h, attn.rel_pos_w, (h, w), (h, w)
+            )
+        heads.append(weights.softmax(dim=-1) @ v)
+    return attn.proj(torch.cat(heads, -1).reshape(b, h, w, -1))
 
 
 def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from helpers import phantom
+from helpers import phantom, sam
 from helpers.sam import (
     SMALL_WEIGHTS,
     build_small_sam,
@@ -369,3 +369,16 @@ def test_download_shows_its_progress(server, tmp_path, capsys):
 def test_download_without_network_says_what_to_do(server, tmp_path, where):
     with pytest.raises(ConnectionError, match="put it at"):
         download(where.format(server=server), "0" * 64, tmp_path / "x.pth", progress=False)
+
+
+def test_attention_head_by_head_is_that_of_the_original():
+    from segment_anything.modeling.image_encoder import Attention
+
+    torch.manual_seed(0)
+    attention = Attention(24, num_heads=3, use_rel_pos=True, input_size=(6, 9))
+    for table in (attention.rel_pos_h, attention.rel_pos_w):
+        torch.nn.init.normal_(table)
+    x = torch.randn(2, 6, 9, 24)
+    torch.testing.assert_close(sam._attend_by_head(attention, x), attention(x))
+    attention.use_rel_pos = False
+    torch.testing.assert_close(sam._attend_by_head(attention, x), attention(x))

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
 from helpers.superpixels import draw_points, superpixels
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--literal", type=int, help="prompts of the literal form; default: all")
     options = parser.parse_args(argv)
     if options.random:
-        model = sam_model_registry[options.checkpoint]().eval().requires_grad_(False)
+        model = sam.build_official(options.checkpoint).eval().requires_grad_(False)
         model = model.to(sam.resolve_device(options.device))
     else:
         model = sam.load_sam(options.checkpoint, device=options.device)
