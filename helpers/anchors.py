@@ -292,7 +292,7 @@ def prompt(
     compactness: float = 40.0,
     sigma: float = 2.0,
     points_per_batch: int | None = None,
-    mask_choice: str = "best",
+    mask_choice: str = "middle",
     dtype: torch.dtype | None = None,
     early_stop: bool = False,
     distance_threshold: float = 0.1,
