@@ -754,8 +754,8 @@ def training_curves(
                 markersize=3.5,
             )  # fmt: skip
         axis.set(xlabel="step", ylabel=ylabel)
-        if len(keys) > 1:
-            axis.legend()
+        if len(keys) > 1:  # below, where it covers no curve
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=min(2, len(keys)))
     return figure
 
 
