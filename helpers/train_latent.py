@@ -431,16 +431,13 @@ class _Trainer:
         self.recipe, self.scenes, self.device = recipe, scenes, resolve_device(device)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.train().requires_grad_(True)
-        self.optimiser = self._optimiser(self.model)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
+        )
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
-
-    def _optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            model.parameters(), lr=self.recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
-        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,18 +19,13 @@ import pandas as pd
 from helpers import features, pool
 from helpers.draws import Sampler, draw_log_probabilities
 from helpers.placement import affine_by_fit, affine_from_moments, iou, warp_mask
+from tests.benchmarks import bench_phase1
 
 SIDE, A_IMAGE = 64, 25  # pixels of an image, segments of an image
 
 
-def clock(work, *, repeats: int = 1):
-    """Best processor time of `repeats` runs, and the last result."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        result = work()
-        best = min(best, time.process_time() - start)
-    return best, result
+#: Processor time, which other work on the machine does not lengthen.
+clock = partial(bench_phase1.clock, timer=time.process_time)
 
 
 def stamps() -> np.ndarray:
