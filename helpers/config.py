@@ -199,6 +199,7 @@ class ProbabilisticReplacement(Common):
     stain: Annotated[
         Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
     ]
+    feather: Annotated[Natural, Field(description="fading on either side of its outline, pixels")]
     band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
     area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
@@ -212,6 +213,11 @@ class ProbabilisticReplacement(Common):
                     f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: "
                     f"lower {low} or raise {high}"
                 )
+        if self.feather > self.band:
+            raise ValueError(
+                f"feather={self.feather} is wider than band={self.band}: faded pixels would pass "
+                "as known ones; lower feather or raise band"
+            )
         return self
 
 

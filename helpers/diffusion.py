@@ -118,6 +118,7 @@ def inpaint(
     context: int | None = None,
     mask_rule: str = "all",
     fill: str | None = None,
+    detail: bool | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | int | None = None,
     batch: int | None = None,
     progress: bool = False,
@@ -141,6 +142,10 @@ def inpaint(
     fill : {"nearest", "keep"}, optional
         What the encoder sees in the hole: the nearest known pixel, or the image as it is. By
         default the former, and with ``strength`` < 1, which starts from what is there, the latter.
+    detail : bool, optional
+        Add what the autoencoder lost of the image, x - D(E(x)), to the unknown pixels, so that
+        healing changes what the latents changed and leaves the rest sharp. Needs ``fill="keep"``;
+        by default with ``strength`` < 1.
     generator : torch.Generator, sequence of N torch.Generator, or int
         Source of the noise. Each image draws from its own generator, so that its result does not
         depend on its companions.
@@ -165,12 +170,19 @@ def inpaint(
         If a sample becomes NaN or infinite.
     """
     images, unknown = _check(images, unknown)
-    Sampling(**sampling)
+    from_image = Sampling(**sampling).strength < 1
     if fill is None:
-        fill = "nearest" if Sampling(**sampling).strength == 1 else "keep"
+        fill = "keep" if from_image else "nearest"
+    if detail is None:
+        detail = from_image and fill == "keep"
     if mask_rule not in ("all", "any") or fill not in ("nearest", "keep"):
         raise ValueError(
             f"mask_rule={mask_rule!r}, fill={fill!r}: use 'all' or 'any', and 'nearest' or 'keep'"
+        )
+    if detail and fill != "keep":
+        raise ValueError(
+            f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
+            "use fill='keep'"
         )
     if context is not None and context < 0:
         raise ValueError(f"context={context}: give 0 or more pixels, or None for the whole image")
@@ -190,6 +202,7 @@ def inpaint(
                 [generators[i] for i in part],
                 mask_rule,
                 fill,
+                detail,
                 options,
             )
             for i, picture in zip(part, done, strict=True):
@@ -244,7 +257,8 @@ def _check(images: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _inpaint_batch(
     model: LatentDiffusion, images: np.ndarray, unknown: np.ndarray,
-    generators: Sequence[torch.Generator], mask_rule: str, fill: str, options: dict[str, Any],
+    generators: Sequence[torch.Generator], mask_rule: str, fill: str, detail: bool,
+    options: dict[str, Any],
 ) -> np.ndarray:  # fmt: skip
     H, W = images.shape[1:3]
     pads = [(0, 0), (0, -H % model.multiple), (0, -W % model.multiple)]
@@ -257,7 +271,8 @@ def _inpaint_batch(
     else:
         m = 1.0 - latent_known(hole, model.factor)
     with torch.no_grad():
-        z_y = model.encode(to_tensor(pasted, device=model.device))
+        x = to_tensor(pasted, device=model.device)
+        z_y = model.encode(x)
         z = inpaint_latents(
             model.eps,
             z_y,
@@ -266,7 +281,10 @@ def _inpaint_batch(
             generators=generators,
             **options,
         )
-        decoded = to_uint8(model.decode(z))[:, :H, :W]
+        decoded = model.decode(z)
+        if detail:
+            decoded = decoded + x - model.decode(z_y)
+        decoded = to_uint8(decoded)[:, :H, :W]
     # Composite in uint8: pixels that were known stay bit-identical.
     return np.where(unknown[..., None], decoded, images)
 

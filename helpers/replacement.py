@@ -64,6 +64,7 @@ def paste(
     *,
     fill: str = "surround",
     gap: str = "inpaint",
+    feather: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take the target segment out and put the warped source segment in.
 
@@ -83,6 +84,9 @@ def paste(
         What becomes of the target pixels that the source segment does not cover: left to be
         repainted, as in the paper, or covered with the tissue that surrounds the source segment in
         its own image, as far as that image reaches.
+    feather : int
+        Pixels on either side of the pasted outline over which the source fades into what the image
+        showed there; 0 cuts hard.
 
     Returns
     -------
@@ -93,16 +97,19 @@ def paste(
     Raises
     ------
     ValueError
-        If `fill` or `gap` is unknown.
+        If `fill` or `gap` is unknown, or `feather` negative.
     """
     if fill not in ("surround", "black"):
         raise ValueError(f"fill={fill!r} is unknown: use 'surround' or 'black'")
     if gap not in ("inpaint", "context"):
         raise ValueError(f"gap={gap!r} is unknown: use 'inpaint' or 'context'")
+    if feather < 0:
+        raise ValueError(f"feather={feather}: give 0 or more pixels")
     shape = image.shape[:2]
-    window = reach(source_mask, affine, shape)
+    margin = max(2, feather)
+    window = reach(source_mask, affine, shape, margin=margin)
     if gap == "context":
-        window = _hull(window, reach(target_mask, _IDENTITY, shape))
+        window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
     out, pasted_mask = image.copy(), np.zeros(shape, bool)
     out[target_mask] = _rim_colour(image, target_mask) if fill == "surround" else 0
     size = (window[0].stop - window[0].start, window[1].stop - window[1].start)
@@ -113,7 +120,14 @@ def paste(
     if gap == "context":
         here |= target_mask[window] & warp_mask(np.ones_like(source_mask), local, size)
     pasted_mask[window] = here
-    np.copyto(out[window], warp_image(source_image, local, size), where=here[..., None])
+    source = warp_image(source_image, local, size)
+    np.copyto(out[window], source, where=here[..., None])
+    if feather and here.any() and not here.all():
+        share = _faded(here, feather)
+        mixed = share * source + (1 - share) * image[window]
+        # What is uncovered of the target stays out.
+        edge = (share > 0) & (share < 1) & (here | ~target_mask[window])[..., None]
+        np.copyto(out[window], mixed.round().astype(np.uint8), where=edge)
     return out, pasted_mask
 
 
@@ -190,6 +204,7 @@ def compose(
     band: int = 3,
     fill: str = "surround",
     gap: str = "inpaint",
+    feather: int = 0,
     max_overlap: float = 0.5,
     min_fit: float = 0.0,
     tries: int = 3,
@@ -221,8 +236,9 @@ def compose(
     stain : {"reinhard", "macenko", "none"}
         Stain matching, see :func:`helpers.stain.match_stain`. Where an image has too little tissue
         to measure a stain on, the paste keeps its colours and the record says "none".
-    band, fill, gap
-        As in :func:`unknown_region` and :func:`paste`.
+    band, fill, gap, feather
+        As in :func:`unknown_region` and :func:`paste`. What is faded has to lie in the band, so
+        that known pixels show one image only.
     max_overlap : float
         Share of a target that may be new already.
     min_fit : float
@@ -247,7 +263,7 @@ def compose(
     ValueError
         If an argument is wrong.
     """
-    _check_compose(area_range, method, stain, tries)
+    _check_compose(area_range, method, stain, tries, band, feather)
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
         raise CompositeError(f"image {target_image_id!r} has no segment in the pool")
@@ -256,7 +272,9 @@ def compose(
         scale_limits=scale_limits,
         stretch_limit=stretch_limit,
     )
-    options = _Options(place, stain, band, fill, gap, area_range[1], max_overlap, min_fit, tries)
+    options = _Options(
+        place, stain, band, fill, gap, feather, area_range[1], max_overlap, min_fit, tries
+    )
     work = _Work(image, options, {} if stains is None else stains)
     for target in rng.permutation(targets):
         try:
@@ -287,6 +305,7 @@ class _Options:
     band: int
     fill: str
     gap: str
+    feather: int
     area_max: float
     max_overlap: float
     min_fit: float
@@ -347,8 +366,9 @@ class _Work:
         source_id = pool.table["image_id"].iat[source]
         donor, stain = self._stained(get_image(source_id), source_mask, source_id)
         image, pasted = paste(
-            self.image, target_mask, donor, source_mask, affine, fill=o.fill, gap=o.gap
-        )
+            self.image, target_mask, donor, source_mask, affine,
+            fill=o.fill, gap=o.gap, feather=o.feather,
+        )  # fmt: skip
         unknown = (self.unknown & ~pasted) | unknown_region(target_mask, pasted, band=o.band)
         kept = (self.pasted & ~target_mask) | pasted
         ratio = _share(kept | unknown)
@@ -374,8 +394,8 @@ class _Work:
         except ValueError:  # too little tissue, or a single stain
             return source_image, "none"
         box = np.s_[:, :]
-        if self.options.gap == "inpaint":  # interpolation looks one pixel beyond the mask
-            box = reach(source_mask, _IDENTITY, source_mask.shape)
+        if self.options.gap == "inpaint":  # interpolation looks a few pixels beyond the mask
+            box = reach(source_mask, _IDENTITY, source_mask.shape, margin=8)
         donor = source_image.copy()
         donor[box] = apply_stain(source_image[box], self.stains[key], self.reference, method=method)
         return donor, method
@@ -420,7 +440,9 @@ def _record(
     }
 
 
-def _check_compose(area_range: tuple[float, float], method: str, stain: str, tries: int) -> None:
+def _check_compose(
+    area_range: tuple[float, float], method: str, stain: str, tries: int, band: int, feather: int
+) -> None:
     if not 0 <= area_range[0] <= area_range[1] <= 1:
         raise ValueError(f"area_range={area_range}: give 0 <= low <= high <= 1")
     if method not in PLACEMENTS:
@@ -429,6 +451,11 @@ def _check_compose(area_range: tuple[float, float], method: str, stain: str, tri
         raise ValueError(f"stain={stain!r} is unknown: use reinhard, macenko or none")
     if tries < 1:
         raise ValueError(f"tries={tries}: draw at least once for a target")
+    if feather > band:
+        raise ValueError(
+            f"feather={feather} is wider than band={band}: faded pixels would pass as known ones; "
+            "lower the first or raise the second"
+        )
 
 
 def _share(mask: np.ndarray) -> float:
@@ -442,6 +469,17 @@ def _hull(a: tuple[slice, slice], b: tuple[slice, slice]) -> tuple[slice, slice]
     return tuple(
         slice(min(x.start, y.start), max(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
     )
+
+
+def _faded(mask: np.ndarray, feather: int) -> np.ndarray:
+    """Share of the source, (h, w, 1): linear across the outline of a mask, 1 inside, 0 outside."""
+    inside, outside = (
+        cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        for part in (mask, ~mask)
+    )
+    depth = np.where(mask, inside - 0.5, 0.5 - outside)  # the outline lies between two pixels
+    share = np.where(inside + outside <= feather, 0.5 + depth / (2 * feather), mask)
+    return share[..., None]
 
 
 def _rim_colour(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -87,6 +87,30 @@ def test_what_the_hole_holds_does_not_matter(model, pair, content):
     assert not np.array_equal(a[unknown], kept[unknown])
 
 
+def test_detail_keeps_what_the_autoencoder_loses(model, pair, monkeypatch):
+    """Where the latents come back as they were, so does the image, whatever the decoder does."""
+    images, unknown = pair
+    options = {"steps": 1, "strength": 0.001, "generator": 3}
+    as_it_was = lambda eps, z, *rest, **more: z  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "inpaint_latents", as_it_was)
+        assert np.array_equal(inpaint(model, images, unknown, **options), images)
+        assert not np.array_equal(inpaint(model, images, unknown, detail=False, **options), images)
+        whole = inpaint(model, images, unknown, steps=1, generator=3)  # from pure noise: no detail
+        assert np.array_equal(
+            whole, inpaint(model, images, unknown, steps=1, generator=3, detail=False)
+        )
+    with_it, without = (
+        inpaint(model, images, unknown, detail=d, **options).astype(int) for d in (True, False)
+    )
+    x = to_tensor(images)
+    lost = 127.5 * (x - model.decode(model.encode(x))).detach().permute(0, 2, 3, 1).numpy()
+    inner = unknown & ((without > 0) & (without < 255) & (with_it > 0) & (with_it < 255)).all(-1)
+    assert inner.any() and np.abs((with_it - without - lost)[inner]).max() <= 1.01
+    with pytest.raises(ValueError, match="detail=True takes detail"):
+        inpaint(model, images, unknown, detail=True, steps=2)
+
+
 def test_any_size_and_no_hole_or_nothing_else(model):
     image = np.random.default_rng(0).integers(0, 256, (1, 45, 70, 3), dtype=np.uint8)
     nothing, everything = np.zeros((1, 45, 70), bool), np.ones((1, 45, 70), bool)

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 
 from helpers import pool as pooling
 from helpers import replacement as rep
@@ -55,13 +56,56 @@ def test_paste_changes_nothing_beyond_target_and_paste():
     np.testing.assert_array_equal(image, before)
     outside = ~(target | pasted)
     np.testing.assert_array_equal(out[outside], image[outside])
-    np.testing.assert_array_equal(out[pasted], warp_image(donor, affine, (160, 200))[pasted])
+    # The window moves the origin, and with it the rounding of a position.
+    whole = warp_image(donor, affine, (160, 200)).astype(int)
+    assert np.abs(out[pasted] - whole[pasted]).max() <= 1
     gap = target & ~pasted
     assert gap.any() and len(np.unique(out[gap], axis=0)) == 1
     black, _ = rep.paste(image, target, donor, source, affine, fill="black")
     assert (black[gap] == 0).all()
     with pytest.raises(ValueError, match="'blue'"):
         rep.paste(image, target, donor, source, affine, fill="blue")
+
+
+@pytest.mark.parametrize("gap", ["inpaint", "context"])
+@pytest.mark.parametrize("feather", [1, 2, 5])
+def test_a_feathered_outline_fades_within_its_width(feather, gap):
+    rng = np.random.default_rng(1)
+    image, donor = rng.integers(0, 256, (2, 160, 200, 3), dtype=np.uint8)
+    source, target = ellipse(60, 60, 30, 14, 10), ellipse(120, 90, 30, 25, 70)
+    affine = affine_from_moments(source, target)
+    hard, pasted = rep.paste(image, target, donor, source, affine, gap=gap)
+    soft, same = rep.paste(image, target, donor, source, affine, gap=gap, feather=feather)
+    np.testing.assert_array_equal(same, pasted)
+    inside, outside = (ndimage.distance_transform_edt(part) for part in (pasted, ~pasted))
+    far = inside + outside > feather
+    np.testing.assert_array_equal(soft[far], hard[far])
+    gap_left = target & ~pasted
+    np.testing.assert_array_equal(soft[gap_left], hard[gap_left])  # the target stays out
+    assert (soft != hard).any()
+    whole = warp_image(donor, affine, (160, 200)).astype(float)
+    for y, x in np.argwhere(~far & ~gap_left)[::37]:
+        d = inside[y, x] - 0.5 if pasted[y, x] else 0.5 - outside[y, x]
+        share = 0.5 + d / (2 * feather)
+        expected = share * whole[y, x] + (1 - share) * image[y, x]
+        assert np.abs(soft[y, x] - expected).max() <= 1.6
+    within = rep.unknown_region(target, pasted, band=feather)
+    assert within[~far].all()  # what is faded is never known
+    flat = np.full_like(image, 90)
+    even, _ = rep.paste(flat, target, flat, source, affine, gap="context", feather=feather)
+    np.testing.assert_array_equal(even, flat)
+
+
+def test_feather_errors():
+    mask, image = egg(90, 80, 30, 40), np.zeros((160, 200, 3), np.uint8)
+    with pytest.raises(ValueError, match="feather=-1"):
+        rep.paste(image, mask, image, mask, np.eye(2, 3), feather=-1)
+    pool, images = toy_pool(8, 6)
+    with pytest.raises(ValueError, match="feather=3 is wider than band=2"):
+        rep.compose(
+            images["im0"], "im0", pool, Sampler(pool), images.__getitem__,
+            rng=np.random.default_rng(0), band=2, feather=3,
+        )  # fmt: skip
 
 
 def test_pasting_a_segment_onto_itself_is_the_identity():
@@ -105,13 +149,15 @@ def test_the_image_border_is_no_outline():
 
 
 @pytest.mark.parametrize("method", ["moments", "boxes"])
-@pytest.mark.parametrize("stain", ["reinhard", "macenko", "none"])
-def test_composite_keeps_its_promises(method, stain):
+@pytest.mark.parametrize(
+    ("stain", "feather"), [("reinhard", 0), ("reinhard", 2), ("macenko", 0), ("none", 1)]
+)
+def test_composite_keeps_its_promises(method, stain, feather):
     pool, images = toy_pool(8, 6)
     sampler = Sampler(pool)
     c = rep.compose(
         images["im0"], "im0", pool, sampler, images.__getitem__, rng=np.random.default_rng(0),
-        area_range=(0.3, 0.9), method=method, stain=stain, band=2,
+        area_range=(0.3, 0.9), method=method, stain=stain, band=2, feather=feather,
     )  # fmt: skip
     assert (c.image_id, c.label) == ("im0", "a")
     np.testing.assert_array_equal(c.original, images["im0"])

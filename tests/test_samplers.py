@@ -25,22 +25,15 @@ from helpers.samplers import (
     tweedie,
 )
 from helpers.sde import VPSDE, GaussianPrior
+from tests.priors import ALPHAS as A
+from tests.priors import gaussian
 
-A = VPSDE().alphas_cumprod
 PAIRS = [
     (method, solver)
     for method in METHODS
     for solver in SOLVERS
     if not (method == "repaint" and "dpm" in solver)
 ]
-
-
-def gaussian(d=4, seed=0):
-    rng = np.random.default_rng(seed)
-    root = rng.normal(size=(d, d))
-    cov = root @ root.T + 0.1 * np.eye(d)
-    scale = np.sqrt(np.diag(cov))
-    return GaussianPrior(rng.normal(size=d) * 0.3, cov / np.outer(scale, scale), A)
 
 
 class Linear(nn.Module):

@@ -7,18 +7,11 @@ import pytest
 import torch
 
 from helpers.latent import LATENT_SCHEDULE
-from helpers.sde import VPSDE, GaussianPrior, dsm_loss, euler_maruyama
+from helpers.sde import VPSDE, dsm_loss, euler_maruyama
+from tests.priors import ALPHAS as A
+from tests.priors import gaussian
 
 SDE = VPSDE()
-A = SDE.alphas_cumprod
-
-
-def gaussian(d=4, seed=0):
-    rng = np.random.default_rng(seed)
-    root = rng.normal(size=(d, d))
-    cov = root @ root.T + 0.1 * np.eye(d)
-    scale = np.sqrt(np.diag(cov))
-    return GaussianPrior(rng.normal(size=d) * 0.3, cov / np.outer(scale, scale), A)
 
 
 def test_discrete_chain_is_that_of_diffusers():
