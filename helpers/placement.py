@@ -5,7 +5,7 @@ Coordinates are (x, y) in pixels, the centre of the first pixel at (0, 0). An af
 
 Warping is done by PyTorch, many images at once, on the CPU as on a GPU. Images are interpolated by
 Lanczos' windowed sinc, since nothing gives a paste away like texture that interpolation has blurred
-([deviations](../book/deviations.md) has the measurement); masks bilinearly.
+(measured in book/deviations.md); masks bilinearly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MIRROR_GAIN = 0.01
 _FIT_SIDE = 48  # pixels across the target, for the search of the best overlap
 _FIT_STEPS = 100  # evaluations of the overlap
 _LOBES = 4  # of the windowed sinc on either side
-_LEAST_BLUR = 0.1  # pixels; less changes nothing that could be seen
+_LEAST_BLUR = 0.25  # pixels; less moves no grey level
 
 
 # --- moments and boxes ----------------------------------------------------------------------------
