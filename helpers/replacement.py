@@ -122,7 +122,7 @@ def paste(
     pasted_mask[window] = here
     source = warp_image(source_image, local, size)
     np.copyto(out[window], source, where=here[..., None])
-    if feather and here.any() and not here.all():
+    if feather:
         share = _faded(here, feather)
         mixed = share * source + (1 - share) * image[window]
         # What is uncovered of the target stays out.

@@ -140,11 +140,11 @@ def test_warps_agree_with_the_affine_on_points():
 def lanczos_at(image, x, y, lobes=4):
     """One value, the slow literal way."""
     window = lambda t: np.sinc(t) * np.sinc(t / lobes)  # noqa: E731
+    padded = np.pad(image, 300, mode="reflect")
     total = weights = 0.0
     for j in range(int(np.floor(y)) - lobes + 1, int(np.floor(y)) + lobes + 1):
         for i in range(int(np.floor(x)) - lobes + 1, int(np.floor(x)) + lobes + 1):
             weight = window(x - i) * window(y - j)
-            padded = np.pad(image, 300, mode="reflect")
             total, weights = total + weight * padded[j + 300, i + 300], weights + weight
     return total / weights
 
