@@ -19,13 +19,14 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+from segment_anything.modeling.image_encoder import get_rel_pos
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 from torch.nn import functional as F
@@ -53,6 +54,8 @@ OFFICIAL: dict[str, tuple[str, str]] = {
 #: Ways to take one mask of the three that a single click gives.
 MASK_CHOICES = ("best", "smallest", "middle", "largest", "single")
 _STRIDE = 8
+#: Places of the image upscaled at once on a CPU: their 16 times as many vectors fit the cache.
+_PIECE = 1024
 
 
 class PyramidEncoder(nn.Module):
@@ -281,32 +284,36 @@ def _read_official(path: Path) -> Sam:
 
 
 def build_official(kind: str) -> Sam:
-    """Build "vit_b", "vit_l" or "vit_h" with random weights, for little memory.
+    """Build "vit_b", "vit_l" or "vit_h" with random weights, with a fast attention.
 
-    The attention of the encoder's global layers is computed head by head: the same numbers, and
-    one map of 4096 x 4096 weights in memory instead of all twelve or sixteen.
+    The encoder's attention is computed head by head by a fused kernel: the same numbers, without
+    the maps of 4096 x 4096 weights of all heads in memory.
     """
     sam = sam_model_registry[kind]()
     for block in sam.image_encoder.blocks:
-        if block.window_size == 0:
-            block.attn.forward = MethodType(_attend_by_head, block.attn)
+        block.attn.forward = MethodType(_attend_by_head, block.attn)
     return sam
 
 
 def _attend_by_head(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``segment_anything.modeling.image_encoder.Attention.forward``, one head after the other."""
     b, h, w, _ = x.shape
-    qkv = attn.qkv(x).reshape(b, h * w, 3, attn.num_heads, -1)
+    qkv = attn.qkv(x).view(b, h, w, 3, attn.num_heads, -1)
+    rows = get_rel_pos(h, h, attn.rel_pos_h)  # (h, h, c)
+    columns = get_rel_pos(w, w, attn.rel_pos_w)
     heads = []
     for i in range(attn.num_heads):
-        q, k, v = qkv[:, :, :, i].unbind(2)
-        weights = (q * attn.scale) @ k.transpose(-2, -1)
-        if attn.use_rel_pos:
-            weights = add_decomposed_rel_pos(
-                weights, q, attn.rel_pos_h, attn.rel_pos_w, (h, w), (h, w)
-            )
-        heads.append(weights.softmax(dim=-1) @ v)
-    return attn.proj(torch.cat(heads, -1).reshape(b, h, w, -1))
+        q, k, v = qkv[..., i, :].unbind(3)
+        bias = torch.einsum("bhwc,hkc->bhwk", q, rows)[..., None]
+        bias = bias + torch.einsum("bhwc,wkc->bhwk", q, columns)[..., None, :]
+        heads.append(
+            F.scaled_dot_product_attention(
+                *(part.flatten(1, 2)[:, None] for part in (q, k, v)),
+                attn_mask=bias.flatten(3).flatten(1, 2)[:, None],
+                scale=attn.scale,
+            )[:, 0]
+        )
+    return attn.proj(torch.cat(heads, -1).view(b, h, w, -1))
 
 
 def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Path:
@@ -509,6 +516,56 @@ def _precision(sam: Sam, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(sam.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+class ImageSide(NamedTuple):
+    """The image's side of the two-way transformer, as far as no prompt changes it.
+
+    Attributes
+    ----------
+    image : (B, 1 or P, N, C) float tensor
+        Embedding of the N places of the grid; one for each prompt where it was given a mask.
+    attentions : list
+        For each attention between tokens and image, in their order: the projected image, the
+        projected values or None, and whether the image is in the projection or its positions only.
+    """
+
+    image: torch.Tensor
+    attentions: list[tuple[torch.Tensor, torch.Tensor | None, bool]]
+
+
+def image_side(sam: Sam, features: torch.Tensor, dense: torch.Tensor | None = None) -> ImageSide:
+    """Project what the prompts of an image have in common, once for all of them.
+
+    Parameters
+    ----------
+    sam : Sam
+    features : (B, C, h, w) float tensor
+        Image embeddings.
+    dense : (B, P, C, h, w) float tensor, optional
+        Embedded masks of a former round; by default the embedding that stands for none.
+
+    Returns
+    -------
+    ImageSide
+    """
+    if dense is None:
+        dense = sam.prompt_encoder.no_mask_embed.weight[..., None, None, None]
+        dense = dense.transpose(1, 2)
+    image = (features[:, None] + dense).flatten(3).transpose(2, 3).contiguous()
+    pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
+    transformer, attentions = sam.mask_decoder.transformer, []
+    for i, layer in enumerate(transformer.layers):
+        shared = i == 0 and image.shape[1] == 1
+        place = image[:, 0] + pe if shared else pe
+        attn = layer.cross_attn_token_to_image
+        values = _split(attn.v_proj(image[:, 0]), attn.num_heads) if shared else None
+        attentions.append((_split(attn.k_proj(place), attn.num_heads), values, shared))
+        attn = layer.cross_attn_image_to_token
+        attentions.append((_split(attn.q_proj(place), attn.num_heads), None, shared))
+    attn = transformer.final_attn_token_to_image
+    attentions.append((_split(attn.k_proj(pe), attn.num_heads), None, False))
+    return ImageSide(image, attentions)
+
+
 def decode(
     sam: Sam,
     features: torch.Tensor,
@@ -517,14 +574,16 @@ def decode(
     mask_inputs: torch.Tensor | None = None,
     *,
     outputs: str = "all",
+    side: ImageSide | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode P prompts for each of B images; the same numbers as ``sam.mask_decoder``.
 
-    Two re-orderings make it cheaper without changing the result.
-    In the first layer of the two-way transformer the image side is the same for every prompt of
-    an image, so it is projected once and shared.
+    Three re-orderings make it cheaper without changing the result.
+    What is the same for every prompt of an image is projected once and shared: in the first layer
+    of the two-way transformer the image side, in later ones the positions.
     In later layers a prompt has few tokens (seven for a click), so the weight matrix is applied
     to the tokens instead of the image: (x W) k = x (W k), with far fewer columns.
+    The keys are scaled up in pieces that stay in the processor's cache.
 
     Parameters
     ----------
@@ -540,6 +599,9 @@ def decode(
         "all" gives m = 4: the single mask first, then the three of an ambiguous prompt;
         "best" only that of the three with the highest predicted IoU, m = 1;
         "single" only the single mask, m = 1.
+    side : ImageSide, optional
+        Of :func:`image_side` for the same `features`, where several calls decode one image
+        without mask inputs; it spares their projection.
 
     Returns
     -------
@@ -549,6 +611,8 @@ def decode(
     """
     if outputs not in ("all", "best", "single"):
         raise ValueError(f"outputs = {outputs!r} is none of 'all', 'best', 'single'.")
+    if side is not None and mask_inputs is not None:
+        raise ValueError("side holds images without mask inputs; give one of the two.")
     b, p = points.shape[:2]
     masks = None if mask_inputs is None else mask_inputs.flatten(0, 1)[:, None]
     sparse, dense = sam.prompt_encoder(
@@ -557,12 +621,9 @@ def decode(
     head = sam.mask_decoder
     fixed = torch.cat([head.iou_token.weight, head.mask_tokens.weight])
     tokens = torch.cat([fixed.expand(b * p, -1, -1), sparse], dim=1).unflatten(0, (b, p))
-    if masks is None:
-        dense = sam.prompt_encoder.no_mask_embed.weight[..., None, None]
-    image = features[:, None] + dense.unflatten(0, (-1, p if masks is not None else 1))
-    image = image.flatten(3).transpose(2, 3).contiguous()  # (B, 1 or P, N, C)
-    pe = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
-    hs, keys = _two_way(head.transformer, image, pe, tokens)
+    if side is None:
+        side = image_side(sam, features, None if masks is None else dense.unflatten(0, (b, p)))
+    hs, keys = _two_way(head.transformer, side, tokens)
     iou = head.iou_prediction_head(hs[..., 0, :])
     hyper = torch.stack(
         [mlp(hs[..., 1 + i, :]) for i, mlp in enumerate(head.output_hypernetworks_mlps)], dim=2
@@ -574,17 +635,21 @@ def decode(
     return _mask_logits(head, keys, hyper, features.shape[-2:]), iou
 
 
-def _two_way(transformer, keys, pe, tokens):
-    """Two-way transformer on tokens (B, P, T, C) and image keys (B, 1 or P, N, C)."""
-    queries = tokens
+def _two_way(transformer, side: ImageSide, tokens):
+    """Two-way transformer on tokens (B, P, T, C) and the image."""
+    queries, keys = tokens, side.image
+    attentions = iter(side.attentions)
     for layer in transformer.layers:
         queries = layer.norm1(_self_attention(layer, queries, tokens))
-        attention = _tokens_to_image(layer.cross_attn_token_to_image, queries + tokens, keys, pe)
+        attn = layer.cross_attn_token_to_image
+        attention = _tokens_to_image(attn, queries + tokens, keys, *next(attentions))
         queries = layer.norm2(queries + attention)
         queries = layer.norm3(queries + layer.mlp(queries))
         attn = layer.cross_attn_image_to_token
-        keys = layer.norm4(_image_to_tokens(attn, keys, pe, queries + tokens, queries))
-    attention = _tokens_to_image(transformer.final_attn_token_to_image, queries + tokens, keys, pe)
+        keys = _image_to_tokens(attn, queries + tokens, queries, keys, *next(attentions))
+        keys = layer.norm4(keys)
+    attn = transformer.final_attn_token_to_image
+    attention = _tokens_to_image(attn, queries + tokens, keys, *next(attentions))
     return transformer.norm_final_attn(queries + attention), keys
 
 
@@ -597,14 +662,13 @@ def _self_attention(layer, queries, tokens):
     return queries + layer.self_attn(q=x + pe, k=x + pe, v=x).unflatten(0, lead)
 
 
-def _tokens_to_image(attn, tokens, keys, pe):
+def _tokens_to_image(attn, tokens, keys, projected, values, shared):
     """Each token gathers from the image: softmax over its N places."""
     q = _split(attn.q_proj(tokens), attn.num_heads)
-    weights = _scores(q, keys, pe, attn.k_proj).softmax(-1)  # (B, P, heads, T, N)
+    weights = _scores(q, attn.k_proj, keys, projected, shared).softmax(-1)  # (B, P, heads, T, N)
     p, heads, t = weights.shape[1:4]
-    if keys.shape[1] < p or p == 1:
-        v = _split(attn.v_proj(keys[:, 0]), heads)  # (B, heads, N, c)
-        out = weights.transpose(1, 2).flatten(2, 3) @ v
+    if shared:
+        out = weights.transpose(1, 2).flatten(2, 3) @ values
         out = out.unflatten(2, (p, t)).transpose(1, 2)
     else:  # gather first, project then; the weights sum to one, so the bias is added as it is
         gathered = (weights.flatten(2, 3) @ keys).unflatten(2, (heads, t))
@@ -613,11 +677,12 @@ def _tokens_to_image(attn, tokens, keys, pe):
     return attn.out_proj(out.transpose(2, 3).flatten(3))
 
 
-def _image_to_tokens(attn, keys, pe, k_tokens, v_tokens):
+def _image_to_tokens(attn, k_tokens, v_tokens, keys, projected, _, shared):
     """Each place of the image gathers from the tokens: softmax over T tokens; with residual."""
     heads = attn.num_heads
     k = _split(attn.k_proj(k_tokens), heads)
-    weights = _scores(k, keys, pe, attn.q_proj).softmax(-2).flatten(2, 3)  # (B, P, heads T, N)
+    weights = _scores(k, attn.q_proj, keys, projected, shared).softmax(-2)
+    weights = weights.flatten(2, 3)  # (B, P, heads T, N)
     v = _split(attn.v_proj(v_tokens), heads)
     v = v @ attn.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
     v = v + attn.out_proj.bias / heads  # weights of a head sum to one, so the bias comes out whole
@@ -628,19 +693,17 @@ def _image_to_tokens(attn, keys, pe, k_tokens, v_tokens):
     return moved.unflatten(0, weights.shape[:2])
 
 
-def _scores(tokens, keys, pe, project):
+def _scores(tokens, project, keys, projected, shared):
     """Scaled products of projected tokens (B, P, heads, T, c) with the projected image.
 
-    What all prompts share is projected once: image and position, or position alone.
-    Keys of a prompt's own meet the tokens in the image's space.
+    Where the image is not `shared`, `projected` are its positions, and the keys of each prompt
+    meet the tokens in the image's space.
     """
     p, heads, t, c = tokens.shape[1:]
     tokens = tokens / c**0.5
-    own = keys.shape[1] == p > 1
-    still = _split(project(pe if own else keys[:, 0] + pe), heads)  # (B or 1, heads, N, c)
-    scores = tokens.transpose(1, 2).flatten(2, 3) @ still.transpose(-1, -2)
+    scores = tokens.transpose(1, 2).flatten(2, 3) @ projected.transpose(-1, -2)
     scores = scores.unflatten(2, (p, t)).transpose(1, 2)
-    if own:
+    if not shared:
         moved = tokens @ project.weight.unflatten(0, (heads, c))  # (B, P, heads, T, C)
         scores = scores + (moved.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (heads, t))
     return scores
@@ -652,7 +715,24 @@ def _split(x, heads):
 
 
 def _mask_logits(head: MaskDecoder, keys, hyper, grid):
-    """Upscale the keys four times and multiply them with the outputs' vectors.
+    """Upscale the keys four times and multiply them with the outputs' vectors."""
+    if keys.device.type == "cpu" and not torch.is_grad_enabled():
+        logits = torch.stack(
+            [
+                torch.cat([_upscaled(head, piece) @ vectors.T for piece in places.split(_PIECE)])
+                for places, vectors in zip(keys.flatten(0, 1), hyper.flatten(0, 1), strict=True)
+            ]
+        )
+    else:
+        logits = _upscaled(head, keys).flatten(2, 3) @ hyper.transpose(-1, -2)
+    b, p, m = hyper.shape[:3]
+    logits = logits.reshape(b, p, *grid, 2, 2, 2, 2, m)  # row, column, then twice: row, column
+    logits = logits.permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
+    return logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
+
+
+def _upscaled(head: MaskDecoder, keys):
+    """``head.output_upscaling`` of keys (..., N, C): (..., N, 16, c), in the order of the places.
 
     Transposed convolutions of stride and side 2 are matrix products, so places and channels keep
     their order until the logits, which are few, are put in their places.
@@ -660,12 +740,7 @@ def _mask_logits(head: MaskDecoder, keys, hyper, grid):
     first, norm, act, second, act2 = head.output_upscaling
     x = _unfold(first, keys)
     x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-    x = act2(_unfold(second, x))  # (B, P, N, 4, 4, c)
-    logits = x.flatten(2, 4) @ hyper.transpose(-1, -2)
-    b, p, _, m = logits.shape
-    logits = logits.reshape(b, p, *grid, 2, 2, 2, 2, m)  # row, column, then twice: row, column
-    logits = logits.permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
-    return logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
+    return act2(_unfold(second, x)).flatten(-3, -2)
 
 
 def _unfold(conv: nn.ConvTranspose2d, x):
@@ -749,12 +824,14 @@ def propose(
     kept = torch.empty(len(xy), low, low)
     scores = torch.empty(len(xy))
     outputs = mask_choice if mask_choice in ("best", "single") else "all"
+    with _precision(sam, dtype):
+        side = image_side(sam, embedding.features)
     for start in tqdm(range(0, len(xy), batch), disable=not progress, desc="prompts"):
         part = xy[start : start + batch]
         ones = torch.ones(1, len(part), 1).to(part)
         with _precision(sam, dtype):
             logits, iou = decode(
-                sam, embedding.features, part[None, :, None], ones, outputs=outputs
+                sam, embedding.features, part[None, :, None], ones, outputs=outputs, side=side
             )
         if outputs == "all":
             logits, iou = _by_area(logits, iou, mask_choice, embedding, size)

@@ -116,6 +116,28 @@ def test_decoding_equals_the_mask_decoder(random_sam, clicks, with_masks, prompt
     torch.testing.assert_close(iou, quality, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("piece", [24, 1000])  # of 64 places: unequal pieces, and all at once
+def test_decoding_in_pieces_with_what_prompts_share_is_the_same(random_sam, piece, monkeypatch):
+    torch.manual_seed(4)
+    features = torch.randn(2, 32, 8, 8)
+    points, labels = torch.rand(2, 5, 1, 2) * 64, torch.ones(2, 5, 1)
+    expected = _by_the_mask_decoder(random_sam, features, points, labels, None)
+    monkeypatch.setattr(sam, "_PIECE", piece)
+    with torch.no_grad():
+        found = decode(
+            random_sam, features, points, labels, side=sam.image_side(random_sam, features)
+        )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_prompts_share_does_not_go_with_masks_of_a_former_round(random_sam):
+    features, former = torch.randn(1, 32, 8, 8), torch.randn(1, 1, 32, 32)
+    side = sam.image_side(random_sam, features)
+    with pytest.raises(ValueError, match="one of the two"):
+        decode(random_sam, features, torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1), former, side=side)
+
+
 def test_only_the_output_asked_for_is_decoded(random_sam):
     torch.manual_seed(2)
     given = torch.randn(2, 32, 8, 8), torch.rand(2, 5, 1, 2) * 64, torch.ones(2, 5, 1)
@@ -379,6 +401,4 @@ def test_attention_head_by_head_is_that_of_the_original():
     for table in (attention.rel_pos_h, attention.rel_pos_w):
         torch.nn.init.normal_(table)
     x = torch.randn(2, 6, 9, 24)
-    torch.testing.assert_close(sam._attend_by_head(attention, x), attention(x))
-    attention.use_rel_pos = False
     torch.testing.assert_close(sam._attend_by_head(attention, x), attention(x))
