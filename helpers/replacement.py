@@ -264,6 +264,7 @@ def compose(
         If an argument is wrong.
     """
     _check_compose(area_range, method, stain, tries, band, feather)
+    target_image_id = str(target_image_id)  # an array of names gives np.str_, whose repr says so
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
         raise CompositeError(f"image {target_image_id!r} has no segment in the pool")

@@ -239,8 +239,8 @@ def test_misfits_are_taken_back():
 def test_compose_errors():
     pool, images = toy_pool()
     make = dict(rng=np.random.default_rng(0))
-    with pytest.raises(CompositeError, match="no segment in the pool"):
-        rep.compose(images["im0"], "other", pool, Sampler(pool), images.get, **make)
+    with pytest.raises(CompositeError, match="image 'other' has no segment in the pool"):
+        rep.compose(images["im0"], np.str_("other"), pool, Sampler(pool), images.get, **make)
     for bad in ({"area_range": (0.5, 0.2)}, {"method": "tps"}, {"stain": "best"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             rep.compose(images["im0"], "im0", pool, Sampler(pool), images.get, **make, **bad)
