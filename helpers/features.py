@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from helpers.pool import Pool, Segments, append, check_leakage, rows_by_image
+from helpers.pool import Pool, append, check_leakage
+from helpers.segment_table import Segments, rows_by_image
 
 with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
     warnings.filterwarnings("ignore", message="IProgress not found")

@@ -1,11 +1,8 @@
-"""Segments and the segment pool (steps 7 to 9): COCO JSON in and out, per-class PCA, neighbours.
+"""The segment pool (steps 8 and 9): features reduced by per-class PCA, neighbours, leakage guard.
 
-A :class:`Segments` is what chapter 02 writes: every segment of every image, with its mask as
-run-length code. A :class:`Pool` is what chapter 03 makes of it: the segments of the *training*
-images with a short feature vector each, P^c = {(segment, f)} of the paper.
-
-Both are COCO JSON on disk, so that other tools open them; what COCO has no word for (split,
-patient, score, border) travels in further keys, which readers of COCO ignore.
+A :class:`Pool` is what chapter 03 makes of the segments of chapter 02
+(:mod:`helpers.segment_table`): those of the *training* images with a short feature vector each,
+P^c = {(segment, f)} of the paper. On disk its segments are COCO JSON like all others.
 """
 
 from __future__ import annotations
@@ -13,283 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cv2
 import numpy as np
 import pandas as pd
-from pycocotools import mask as coco
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
+from helpers.segment_table import (
+    FORMAT,
+    Segments,
+    decode,
+    load_coco,
+    read_json,
+    save_coco,
+)
+
 __all__ = [
-    "COLUMNS",
     "ClassPca",
     "Pool",
-    "Segments",
     "append",
     "build",
     "check_leakage",
-    "collect",
-    "drop_duplicates",
-    "load_coco",
     "map_to_plane",
     "neighbour_agreement",
     "neighbour_recall",
-    "rows_by_image",
-    "save_coco",
-    "tidy",
 ]
 
-#: Columns of a segment table. x, y, w, h is the COCO box; cx, cy the centroid; all in pixels.
-COLUMNS = (
-    "segment_id", "image_id", "label", "patient", "split", "dataset", "area",
-    "cx", "cy", "x", "y", "w", "h", "border", "score", "superpixel",
-)  # fmt: skip
-_IMAGE_KEYS = ("image_id", "label", "split", "patient", "site", "dataset")
-FORMAT = 1
 _POOL_FILES = ("segments.json", "features.npz")
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Segments of a set of images.
-
-    Attributes
-    ----------
-    images : DataFrame
-        One row an image: image_id, label, split, patient, site, dataset, height, width.
-    table : DataFrame
-        One row a segment, columns :data:`COLUMNS`, index ``0 .. n-1``.
-    rles : tuple of dict
-        Compressed run-length code of each mask, as `pycocotools.mask` makes it.
-    """
-
-    images: pd.DataFrame
-    table: pd.DataFrame
-    rles: tuple[dict, ...]
-
-    def __len__(self) -> int:
-        return len(self.rles)
-
-    def mask(self, i: int) -> np.ndarray:
-        """Mask of segment `i`, (H, W) bool, in the pixels of its image."""
-        return _decode(self.rles[i])
-
-    def masks(self, image_id: str) -> np.ndarray:
-        """All masks of one image, (m, H, W) bool, in the order of the table."""
-        rows = np.flatnonzero(self.table["image_id"].to_numpy() == image_id)
-        if len(rows) == 0:
-            return np.zeros((0, *self.size(image_id)), bool)
-        return np.moveaxis(_decode([self.rles[i] for i in rows]), -1, 0)
-
-    def size(self, image_id: str) -> tuple[int, int]:
-        """Height and width of an image.
-
-        Raises
-        ------
-        KeyError
-            If no image has this id.
-        """
-        row = self.images.loc[self.images["image_id"] == image_id]
-        if row.empty:
-            raise KeyError(f"no image {image_id!r} among the {len(self.images)} images of the file")
-        return int(row["height"].iloc[0]), int(row["width"].iloc[0])
-
-    def select(self, keep: np.ndarray | None = None, **equal: Any) -> Segments:
-        """Segments for which `keep` holds and whose columns have the values `equal`.
-
-        Parameters
-        ----------
-        keep : (n,) bool ndarray, optional
-            Which rows stay.
-        **equal
-            Column = value (or a list of values), e.g. ``split="train"``. Images are narrowed down
-            by the same columns where they have them.
-        """
-        rows = np.ones(len(self), bool) if keep is None else np.asarray(keep, bool).copy()
-        images = self.images
-        for column, value in equal.items():
-            values = list(value) if isinstance(value, list | tuple | set) else [value]
-            if column not in self.table:
-                raise KeyError(f"segments have no column {column!r}: use one of {list(COLUMNS)}")
-            rows &= self.table[column].isin(values).to_numpy()
-            if column in images:
-                images = images[images[column].isin(values)]
-        return Segments(
-            images.reset_index(drop=True),
-            self.table[rows].reset_index(drop=True),
-            tuple(self.rles[i] for i in np.flatnonzero(rows)),
-        )
-
-
-def collect(images: pd.DataFrame, segments: Mapping[str, Any]) -> Segments:
-    """Gather the segments of many images into one table.
-
-    Parameters
-    ----------
-    images : DataFrame
-        One row an image: image_id, label, split, height, width; patient, site, dataset if known.
-    segments : mapping of image_id to (m, H, W) bool ndarray or object
-        The masks of each image. An object needs `masks` and may carry `scores`, `superpixel` and
-        `border`, each of length m. Without `border` a segment is border-cut if its mask touches the
-        first or last row or column.
-
-    Returns
-    -------
-    Segments
-        Segments in the order of `images`; empty masks are refused.
-
-    Raises
-    ------
-    ValueError
-        If an image is unknown, a mask is empty, or sizes do not agree.
-    """
-    images = _image_table(images)
-    unknown = sorted(set(segments) - set(images["image_id"]))
-    if unknown:
-        raise ValueError(
-            f"segments of unknown images {unknown[:5]}: every image needs a row in `images`"
-        )
-    rows, rles = [], []
-    for record in images.to_dict("records"):
-        if record["image_id"] not in segments:
-            continue
-        part, codes = _rows_of_image(record, segments[record["image_id"]])
-        rows.append(part)
-        rles += codes
-    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=list(COLUMNS))
-    table["segment_id"] = np.arange(1, len(table) + 1)
-    return Segments(images, table[list(COLUMNS)], tuple(rles))
-
-
-def rows_by_image(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Row numbers of each image, images in the order of the table; cost linear in its rows."""
-    return dict(table.groupby("image_id", sort=False).indices)
-
-
-def tidy(segments: Segments) -> Segments:
-    """Keep the largest connected part of every segment and fill its holes.
-
-    A mask from a network may come with islands, or miss the lumen of its gland. Islands would be
-    pasted along with a segment and spoil its moments; a hole would leave the old lumen in place.
-
-    Parameters
-    ----------
-    segments : Segments
-
-    Returns
-    -------
-    Segments
-        In the same order; area, centroid, box and border are measured anew.
-    """
-    cleaned = {}
-    for image_id, rows in rows_by_image(segments.table).items():
-        cleaned[image_id] = SimpleNamespace(
-            masks=np.stack([_largest_part(segments.mask(i)) for i in rows]),
-            scores=segments.table["score"].to_numpy()[rows],
-            superpixel=segments.table["superpixel"].to_numpy()[rows],
-        )
-    return collect(segments.images, cleaned)
-
-
-def drop_duplicates(segments: Segments, *, iou: float = 0.9) -> Segments:
-    """Drop segments that are nearly the same as a better one of their image.
-
-    Parameters
-    ----------
-    segments : Segments
-    iou : float
-        Overlap from which two masks are the same; the one with the higher score stays.
-
-    Returns
-    -------
-    Segments
-        Those that stay, in the same order. The cost grows with the square of the number of segments
-        of one image, not of all.
-    """
-    if not 0 < iou <= 1:
-        raise ValueError(f"iou={iou}: give an overlap above 0 and up to 1")
-    keep = np.ones(len(segments), bool)
-    scores = segments.table["score"].to_numpy()
-    for rows in rows_by_image(segments.table).values():
-        order = rows[np.argsort(-scores[rows], kind="stable")]
-        codes = [segments.rles[i] for i in order]
-        same = np.asarray(coco.iou(codes, codes, [0] * len(codes))) >= iou
-        for k in range(1, len(order)):
-            keep[order[k]] = not (same[k, :k] & keep[order[:k]]).any()
-    return segments.select(keep)
-
-
-def save_coco(
-    path: str | os.PathLike,
-    images: pd.DataFrame,
-    segments: Segments | Mapping[str, Any],
-    *,
-    info: Mapping[str, Any] | None = None,
-) -> Segments:
-    """Write segments as COCO JSON.
-
-    Parameters
-    ----------
-    path : path
-        File to write; it appears only when complete.
-    images, segments
-        As in :func:`collect`; `segments` may also be a :class:`Segments` already.
-    info : mapping, optional
-        Goes into the ``info`` block of the file.
-
-    Returns
-    -------
-    Segments
-        What was written.
-    """
-    if not isinstance(segments, Segments):
-        segments = collect(images, segments)
-    document = _to_coco(segments, dict(info or {}))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, sort_keys=True, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
-    return segments
-
-
-def load_coco(path: str | os.PathLike) -> Segments:
-    """Read segments from COCO JSON, written by :func:`save_coco` or by another tool.
-
-    Polygons and uncompressed run-length codes are converted; keys beyond COCO that are absent get
-    neutral values (split ``"train"`` is *not* assumed: it stays empty).
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is absent, is no COCO document, or is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no segment file {path}: run chapter 02_anchor_clustering first")
-    document = _read_json(path, "02")
-    missing = {"images", "annotations", "categories"} - set(document)
-    if missing:
-        raise ValueError(f"{path} is no COCO file: it lacks {sorted(missing)}")
-    try:
-        return _from_coco(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): write it again with chapter 02"
-        ) from error
-
-
-# --- pool -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -328,7 +82,7 @@ class Pool:
     Attributes
     ----------
     table : DataFrame
-        One row a segment, columns :data:`COLUMNS`.
+        One row a segment, columns :data:`helpers.segment_table.COLUMNS`.
     rles : tuple of dict
         Masks as run-length codes.
     features : (n, p) float32 ndarray
@@ -365,7 +119,7 @@ class Pool:
 
     def mask(self, i: int) -> np.ndarray:
         """Mask of segment `i`, (H, W) bool, in the pixels of its image."""
-        return _decode(self.rles[i])
+        return decode(self.rles[i])
 
     def of_class(self, label: str) -> np.ndarray:
         """Row numbers of a class, ascending.
@@ -488,7 +242,7 @@ class Pool:
                 )
         segments = load_coco(folder / "segments.json")
         check_leakage(segments.table)
-        meta = _read_json(folder / "provenance.json", "03")
+        meta = read_json(folder / "provenance.json", "03")
         features, pcas = _read_arrays(folder / "features.npz", meta)
         wrong = [n for n in _POOL_FILES if meta.get("sha256", {}).get(n) != _sha256(folder / n)]
         if wrong or len(features) != len(segments):
@@ -836,200 +590,6 @@ def _patients(table: pd.DataFrame) -> set[tuple[str, str]]:
     return set(zip(known["dataset"].astype(str), known["patient"].astype(str), strict=True))
 
 
-def _image_table(images: pd.DataFrame) -> pd.DataFrame:
-    missing = {"image_id", "label", "split", "height", "width"} - set(images)
-    if missing:
-        raise ValueError(f"the image table lacks the columns {sorted(missing)}")
-    images = images.reset_index(drop=True).copy()
-    for column in ("patient", "site", "dataset"):
-        images[column] = _text(images[column]) if column in images else ""
-    for column in ("image_id", "label", "split"):
-        images[column] = _text(images[column])
-    if images["image_id"].duplicated().any():
-        twice = images.loc[images["image_id"].duplicated(), "image_id"].tolist()
-        raise ValueError(f"image ids must be unique, but {twice[:5]} come twice")
-    return images[[*_IMAGE_KEYS, "height", "width"]]
-
-
-def _text(column: pd.Series) -> pd.Series:
-    return column.map(lambda value: "" if pd.isna(value) else str(value)).astype(str)
-
-
-def _rows_of_image(record: Mapping[str, Any], given: Any) -> tuple[pd.DataFrame, list[dict]]:
-    masks = np.asarray(getattr(given, "masks", given), bool)
-    shape = (record["height"], record["width"])
-    if masks.ndim != 3 or masks.shape[1:] != shape:
-        raise ValueError(
-            f"masks of image {record['image_id']!r} have shape {masks.shape}, expected (m, "
-            f"{shape[0]}, {shape[1]}): give them in the pixels of the image"
-        )
-    n = len(masks)
-    columns, rows = masks.sum(1, dtype=np.int64), masks.sum(2, dtype=np.int64)  # (m, W), (m, H)
-    area = rows.sum(1)
-    if n and area.min() == 0:
-        raise ValueError(
-            f"image {record['image_id']!r}: mask {int(area.argmin())} is empty; drop it"
-        )
-    touches = (columns[:, [0, -1]] + rows[:, [0, -1]]).any(1)
-    codes = coco.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8))) if n else []
-    boxes = coco.toBbox(codes) if n else np.zeros((0, 4))
-    part = pd.DataFrame(
-        {
-            "segment_id": 0,
-            **{k: [record[k]] * n for k in ("image_id", "label", "patient", "split", "dataset")},
-            "area": area,
-            "cx": columns @ np.arange(shape[1]) / np.maximum(area, 1),
-            "cy": rows @ np.arange(shape[0]) / np.maximum(area, 1),
-            **{k: boxes[:, i].astype(int) for i, k in enumerate("xywh")},
-            "border": _per_segment(given, "border", touches, n).astype(bool),
-            "score": _per_segment(given, "scores", np.ones(n), n).astype(float),
-            "superpixel": _per_segment(given, "superpixel", np.full(n, -1), n).astype(int),
-        }
-    )
-    return part, list(codes)
-
-
-def _per_segment(given: Any, name: str, default: np.ndarray, n: int) -> np.ndarray:
-    value = getattr(given, name, None) if not isinstance(given, np.ndarray) else None
-    value = default if value is None else np.asarray(value)
-    if len(value) != n:
-        raise ValueError(f"{name} has length {len(value)} for {n} masks")
-    return value
-
-
-def _to_coco(segments: Segments, info: dict) -> dict:
-    labels = list(dict.fromkeys([*segments.images["label"], *segments.table["label"]]))
-    category = {label: k for k, label in enumerate(labels, start=1)}
-    number = {image: k for k, image in enumerate(segments.images["image_id"], start=1)}
-    images = [
-        {
-            "id": number[row["image_id"]],
-            "file_name": f"{row['image_id']}.png",
-            "height": int(row["height"]),
-            "width": int(row["width"]),
-            **{key: row[key] for key in _IMAGE_KEYS},
-        }
-        for row in segments.images.to_dict("records")
-    ]
-    annotations = [
-        {
-            "id": int(row["segment_id"]),
-            "image_id": number[row["image_id"]],
-            "category_id": category[row["label"]],
-            "segmentation": {
-                "size": [int(v) for v in rle["size"]],
-                "counts": _ascii(rle["counts"]),
-            },
-            "area": int(row["area"]),
-            "bbox": [int(row[k]) for k in "xywh"],
-            "centroid": [round(float(row["cx"]), 4), round(float(row["cy"]), 4)],
-            "iscrowd": 0,
-            "border": bool(row["border"]),
-            "score": round(float(row["score"]), 6),
-            "superpixel": int(row["superpixel"]),
-        }
-        for row, rle in zip(segments.table.to_dict("records"), segments.rles, strict=True)
-    ]
-    return {
-        "info": {"description": "tissue segments", "format": FORMAT, **info},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": k, "name": label} for label, k in category.items()],
-    }
-
-
-def _from_coco(document: Mapping[str, Any]) -> Segments:
-    labels = {c["id"]: str(c["name"]) for c in document["categories"]}
-    boxes_of = {image["id"]: image for image in document["images"]}
-    images = pd.DataFrame(
-        [_image_row(image) for image in document["images"]],
-        columns=[*_IMAGE_KEYS, "height", "width"],
-    )
-    ours = "format" in document.get("info", {})
-    rows, rles = [], []
-    for a in document["annotations"]:
-        image = boxes_of[a["image_id"]]
-        rle = _rle(a["segmentation"], image["height"], image["width"])
-        if ours and int(coco.area(rle)) != a["area"]:
-            raise ValueError(f"the mask of annotation {a['id']} has not the area it was saved with")
-        rles.append(rle)
-        rows.append(_segment_row(a, _image_row(image), labels.get(a.get("category_id"), ""), rle))
-    labelled = dict(zip((r["image_id"] for r in rows), (r["label"] for r in rows), strict=True))
-    images["label"] = [
-        label or labelled.get(image, "")
-        for image, label in zip(images["image_id"], images["label"], strict=True)
-    ]
-    return Segments(images, pd.DataFrame(rows, columns=list(COLUMNS)), tuple(rles))
-
-
-def _image_row(image: Mapping[str, Any]) -> dict:
-    row = {key: str(image.get(key, "")) for key in _IMAGE_KEYS}
-    row["image_id"] = row["image_id"] or Path(str(image["file_name"])).stem
-    return row | {"height": int(image["height"]), "width": int(image["width"])}
-
-
-def _segment_row(a: Mapping[str, Any], image: Mapping[str, Any], label: str, rle: dict) -> dict:
-    x, y, w, h = (int(v) for v in a.get("bbox") or coco.toBbox(rle))
-    if "centroid" in a:
-        cx, cy = a["centroid"]
-    else:
-        ys, xs = np.nonzero(_decode(rle))
-        cx, cy = float(xs.mean()), float(ys.mean())
-    cut = x <= 0 or y <= 0 or x + w >= image["width"] or y + h >= image["height"]
-    return {
-        "segment_id": int(a["id"]),
-        "image_id": image["image_id"],
-        "label": label,
-        **{key: image[key] for key in ("patient", "split", "dataset")},
-        "area": int(a["area"]) if "counts" in a["segmentation"] else int(coco.area(rle)),
-        "cx": float(cx),
-        "cy": float(cy),
-        **dict(zip("xywh", (x, y, w, h), strict=True)),
-        "border": bool(a.get("border", cut)),
-        "score": float(a.get("score", 1.0)),
-        "superpixel": int(a.get("superpixel", -1)),
-    }
-
-
-def _rle(segmentation: Any, height: int, width: int) -> dict:
-    """Compressed run-length code of any COCO segmentation."""
-    if isinstance(segmentation, Sequence):  # polygons
-        return coco.merge(coco.frPyObjects(list(segmentation), height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco.frPyObjects(segmentation, height, width)
-    return {"size": list(segmentation["size"]), "counts": segmentation["counts"].encode("ascii")}
-
-
-def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """Largest connected part (4-neighbours) of a mask, holes filled."""
-    _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    if len(stats) < 2:
-        return mask
-    part = (parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
-    outlines, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(part, outlines, -1, 1, cv2.FILLED)
-    return part.astype(bool)
-
-
-def _decode(rles: dict | list[dict]) -> np.ndarray:
-    """Mask (H, W) of one code, or (H, W, n) of several, bool."""
-    with warnings.catch_warnings():  # pycocotools has not followed numpy 2 in one signature
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return coco.decode(rles).astype(bool)
-
-
-def _read_json(path: Path, chapter: str) -> dict:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is no JSON, or cut short ({error}): write it again with chapter {chapter}"
-        ) from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no JSON object: write it again with chapter {chapter}")
-    return document
-
-
 def _read_arrays(path: Path, meta: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, ClassPca]]:
     """Features and projections of a saved pool; one error for whatever is wrong with the file."""
     try:
@@ -1051,7 +611,3 @@ def _read_arrays(path: Path, meta: Mapping[str, Any]) -> tuple[np.ndarray, dict[
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _ascii(counts: bytes | str) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from skimage import data
 
 from helpers import features
-from helpers.pool import Pool, build, collect
+from helpers.pool import Pool, build
+from helpers.segment_table import collect
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
-import json
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,182 +6,19 @@ import pytest
 from pycocotools.coco import COCO
 
 from helpers import pool as pooling
-from helpers.pool import Pool, load_coco, save_coco
-
-H, W = 40, 48
-
-
-def disc(x, y, r, shape=(H, W)):
-    rows, columns = np.mgrid[: shape[0], : shape[1]]
-    return np.hypot(columns - x, rows - y) <= r
-
-
-def records(n=6, split="train"):
-    return pd.DataFrame(
-        [
-            {
-                "image_id": f"im{i}", "label": "ab"[i % 2], "split": split, "patient": i // 2,
-                "site": "A", "dataset": "toy", "height": H, "width": W,
-            }
-            for i in range(n)
-        ]
-    )  # fmt: skip
-
-
-def masks(n=6, m=4, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        f"im{i}": np.stack([disc(*rng.uniform(8, 32, 2), rng.uniform(2, 6)) for _ in range(m)])
-        for i in range(n)
-    }
+from helpers.pool import Pool
+from helpers.segment_table import Segments, collect, save_coco
+from tests.toy_segments import H, W, disc, masks, records
 
 
 @pytest.fixture
 def segments():
-    return pooling.collect(records(), masks())
+    return collect(records(), masks())
 
 
 @pytest.fixture
 def raw(segments):
     return np.random.default_rng(1).normal(size=(len(segments), 20)) * np.linspace(5, 0.1, 20)
-
-
-# --- segments -------------------------------------------------------------------------------------
-
-
-def test_collect_measures_every_segment(segments):
-    given = masks()
-    assert len(segments) == 24
-    assert tuple(segments.table.columns) == pooling.COLUMNS
-    for i, row in segments.table.iterrows():
-        mask = given[row["image_id"]][i % 4]
-        np.testing.assert_array_equal(segments.mask(i), mask)
-        ys, xs = np.nonzero(mask)
-        assert row["area"] == len(xs)
-        np.testing.assert_allclose([row["cx"], row["cy"]], [xs.mean(), ys.mean()])
-        box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
-        assert [row[k] for k in "xywh"] == box
-        edge = np.ones((H, W), bool)
-        edge[1:-1, 1:-1] = False
-        assert row["border"] == (mask & edge).any()
-    np.testing.assert_array_equal(segments.masks("im3"), given["im3"])
-
-
-def test_border_cut_is_found_on_each_side():
-    shapes = np.stack(
-        [disc(x, y, 4) for x, y in ((2, 20), (W - 2, 20), (20, 2), (20, H - 2), (20, 20))]
-    )
-    table = pooling.collect(records(1), {"im0": shapes}).table
-    assert table["border"].tolist() == [True, True, True, True, False]
-
-
-def test_collect_takes_scores_superpixels_and_border_of_an_object():
-    given = SimpleNamespace(
-        masks=masks(1)["im0"], scores=np.array([0.1, 0.2, 0.3, 0.4]),
-        superpixel=np.array([7, 1, 2, 3]), border=np.array([True, False, False, True]),
-    )  # fmt: skip
-    table = pooling.collect(records(1), {"im0": given}).table
-    assert table["score"].tolist() == [0.1, 0.2, 0.3, 0.4]
-    assert table["superpixel"].tolist() == [7, 1, 2, 3]
-    assert table["border"].tolist() == [True, False, False, True]
-
-
-def test_image_without_segments_is_kept():
-    given = masks(3) | {"im1": np.zeros((0, H, W), bool)}
-    segments = pooling.collect(records(3), given)
-    assert len(segments) == 8
-    assert segments.masks("im1").shape == (0, H, W)
-    with pytest.raises(KeyError, match="nobody"):
-        segments.masks("nobody")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r, m: m.update(im0=np.zeros((1, H, W), bool)), "empty"),
-        (lambda r, m: m.update(im0=np.ones((1, 5, 5), bool)), "expected"),
-        (lambda r, m: m.update(other=m["im0"]), "unknown images"),
-        (lambda r, m: r.pop("split"), "split"),
-        (lambda r, m: r.loc.__setitem__((1, "image_id"), "im0"), "twice"),
-    ],
-)
-def test_collect_errors(change, message):
-    table, given = records(), masks()
-    change(table, given)
-    with pytest.raises(ValueError, match=message):
-        pooling.collect(table, given)
-
-
-def test_coco_round_trip(tmp_path, segments):
-    path = tmp_path / "deep" / "segments.json"
-    save_coco(path, segments.images, segments, info={"chapter": "02"})
-    again = load_coco(path)
-    pd.testing.assert_frame_equal(again.images, segments.images)
-    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
-    for i in range(len(segments)):
-        np.testing.assert_array_equal(again.mask(i), segments.mask(i))
-    first = path.read_bytes()
-    save_coco(path, again.images, again, info={"chapter": "02"})
-    assert path.read_bytes() == first
-    assert [p.name for p in path.parent.iterdir()] == ["segments.json"]
-
-
-def test_pycocotools_reads_it(tmp_path, segments, capsys):
-    save_coco(tmp_path / "s.json", records(), masks())
-    coco = COCO(str(tmp_path / "s.json"))
-    assert sorted(c["name"] for c in coco.cats.values()) == ["a", "b"]
-    assert len(coco.anns) == 24
-    for number, annotation in enumerate(coco.anns.values()):
-        np.testing.assert_array_equal(coco.annToMask(annotation), segments.mask(number))
-        assert annotation["area"] == segments.mask(number).sum()
-    assert {len(coco.getAnnIds(imgIds=i)) for i in coco.imgs} == {4}
-
-
-def test_coco_of_other_tools(tmp_path):
-    """Polygons, uncompressed run lengths, and none of our own keys."""
-    document = {
-        "images": [{"id": 9, "file_name": "slide/a.png", "height": 10, "width": 12}],
-        "categories": [{"id": 3, "name": "gland"}],
-        "annotations": [
-            {"id": 1, "image_id": 9, "category_id": 3, "iscrowd": 0, "area": 16,
-             "segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]]},
-            {"id": 2, "image_id": 9, "category_id": 3, "iscrowd": 1, "area": 10,
-             "bbox": [0, 0, 1, 10], "segmentation": {"size": [10, 12], "counts": [0, 10, 110]}},
-        ],
-    }  # fmt: skip
-    (tmp_path / "c.json").write_text(json.dumps(document))
-    segments = load_coco(tmp_path / "c.json")
-    assert segments.images["image_id"].tolist() == ["a"]
-    assert segments.images["label"].tolist() == ["gland"]
-    assert segments.mask(0)[3:7, 2:6].all() and segments.table["area"].tolist() == [16, 10]
-    assert segments.table["border"].tolist() == [False, True]
-    assert segments.mask(1)[:, 0].all()
-    with pytest.raises(ValueError, match="leakage"):  # no split is no training split
-        pooling.build(segments, np.zeros((2, 3)))
-
-
-def test_load_coco_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="02_anchor_clustering"):
-        load_coco(tmp_path / "none.json")
-    (tmp_path / "a.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="no JSON"):
-        load_coco(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="annotations"):
-        load_coco(tmp_path / "a.json")
-
-
-def test_select(segments):
-    part = segments.select(label="a")
-    assert set(part.table["label"]) == {"a"} and set(part.images["label"]) == {"a"}
-    np.testing.assert_array_equal(part.mask(4), segments.masks("im2")[0])
-    big = segments.select(segments.table["area"].to_numpy() > 50)
-    assert len(big.images) == 6 and (big.table["area"] > 50).all()
-    with pytest.raises(KeyError, match="stage"):
-        segments.select(stage=1)
-
-
-# --- pool -----------------------------------------------------------------------------------------
 
 
 def test_pca_is_fitted_within_each_class(segments, raw):
@@ -243,7 +78,7 @@ def test_minimum_area_is_counted(segments, raw):
 def test_leakage_of_a_split_is_refused_by_name(segments, raw):
     table = segments.table.copy()
     table.loc[table["image_id"] == "im3", "split"] = "test"
-    leaking = pooling.Segments(segments.images, table, segments.rles)
+    leaking = Segments(segments.images, table, segments.rles)
     with pytest.raises(ValueError, match=r"leakage.*'test'.*im3"):
         pooling.build(leaking, raw)
     train = leaking.select(split="train")
@@ -347,7 +182,7 @@ def test_nearest_against_brute_force(segments, raw, own):
 
 
 def test_cost_is_not_quadratic():
-    """Four times the segments in well under sixteen times the time, 20 000 in a few seconds."""
+    """Four times the segments in well under sixteen times the time."""
     shape = (64, 64)
     stamp = np.stack([disc(x, y, 5, shape) for x in range(8, 60, 5) for y in range(8, 60, 5)])
     seconds = []
@@ -359,27 +194,13 @@ def test_cost_is_not_quadratic():
             ]
         )
         start = time.perf_counter()
-        segments = pooling.collect(table, {f"i{k}": stamp for k in range(n)})
+        segments = collect(table, {f"i{k}": stamp for k in range(n)})
         features = np.random.default_rng(0).normal(size=(len(segments), 32)).astype(np.float32)
         pool = pooling.build(segments, features, n_components=16)
         pool.nearest(17, 10)
         seconds.append(time.perf_counter() - start)
     assert len(pool) == 200 * len(stamp) > 20_000
-    assert seconds[1] < 10 * seconds[0] and seconds[1] < 20
-
-
-def test_tidy_keeps_the_largest_part_without_holes():
-    ring = disc(20, 20, 10) & ~disc(20, 20, 5)
-    islands = disc(20, 20, 8) | disc(38, 36, 2) | disc(2, 2, 2)
-    segments = pooling.collect(records(2), {"im0": np.stack([ring, islands]), "im1": ring[None]})
-    assert segments.table["border"].tolist() == [False, True, False]
-    clean = pooling.tidy(segments)
-    np.testing.assert_array_equal(clean.mask(0), disc(20, 20, 10))
-    np.testing.assert_array_equal(clean.mask(1), disc(20, 20, 8))
-    assert clean.table["border"].tolist() == [False, False, False]
-    assert clean.table["image_id"].tolist() == ["im0", "im0", "im1"]
-    again = pooling.tidy(clean)
-    pd.testing.assert_frame_equal(again.table, clean.table)
+    assert seconds[1] < 10 * seconds[0]
 
 
 def test_neighbour_measures():
@@ -406,20 +227,6 @@ def test_map_to_plane(n):
     np.testing.assert_array_equal(plane, pooling.map_to_plane(features))
 
 
-def test_duplicates_count_once_and_the_better_score_stays():
-    shapes = np.stack([disc(20, 20, 10), disc(20.4, 20, 10), disc(20, 20, 6), disc(20, 20, 10)])
-    given = SimpleNamespace(masks=shapes, scores=np.array([0.5, 0.9, 0.8, 0.5]))
-    segments = pooling.collect(records(2), {"im0": given, "im1": shapes[:1]})
-    kept = pooling.drop_duplicates(segments, iou=0.9)
-    assert kept.table["segment_id"].tolist() == [2, 3, 5]
-    assert len(pooling.drop_duplicates(segments, iou=1.0)) == 4
-    with pytest.raises(ValueError, match="iou=0"):
-        pooling.drop_duplicates(segments, iou=0)
-
-
-# --- growing, damaged and large pools -------------------------------------------------------------
-
-
 def saved(tmp_path, segments, raw):
     pooling.build(segments, raw, provenance={"extractor": "toy"}).save(tmp_path)
     return tmp_path
@@ -442,20 +249,6 @@ def test_files_of_two_pools_of_equal_size_are_told_apart(tmp_path, segments, raw
     (b / "features.npz").replace(a / "features.npz")
     with pytest.raises(ValueError, match=r"features\.npz not as saved"):
         Pool.load(a)
-
-
-def test_a_mask_that_was_changed_is_noticed(tmp_path, segments):
-    save_coco(tmp_path / "s.json", segments.images, segments)
-    document = json.loads((tmp_path / "s.json").read_text())
-    counts = document["annotations"][5]["segmentation"]["counts"]
-    document["annotations"][5]["segmentation"]["counts"] = counts[: len(counts) // 2]
-    (tmp_path / "s.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="annotation 6 has not the area"):
-        load_coco(tmp_path / "s.json")
-    del document["annotations"][5]["segmentation"]
-    (tmp_path / "s.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"damaged \(KeyError: 'segmentation'\)"):
-        load_coco(tmp_path / "s.json")
 
 
 def test_pycocotools_loads_the_annotations_of_a_saved_pool(tmp_path, segments, raw):
@@ -512,14 +305,3 @@ def test_pca_of_many_rows_by_its_covariance_is_the_decomposition(offset):
     scores, expected = pca.transform(x), centred @ vt[:8].T
     sign = np.sign((scores * expected).sum(0))
     np.testing.assert_allclose(scores * sign, expected, atol=2e-3 + offset * 1e-5)
-
-
-def test_cost_of_many_images_is_linear():
-    """Rows are grouped by image once, not searched for each image."""
-    n = 20_000
-    table = pd.DataFrame({"image_id": [f"image-{k // 4}" for k in range(n)]})
-    start = time.process_time()
-    groups = pooling.rows_by_image(table)
-    assert time.process_time() - start < 2
-    assert len(groups) == n // 4 and list(groups)[:2] == ["image-0", "image-1"]
-    np.testing.assert_array_equal(groups["image-3"], [12, 13, 14, 15])

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from helpers import features, pool
+from helpers import features, pool, segment_table
 from helpers.draws import Sampler, draw_log_probabilities
 from helpers.placement import affine_by_fit, affine_from_moments, iou, warp_mask
 from tests.benchmarks import bench_phase1
@@ -63,16 +63,16 @@ def of_size(n: int, d: int, p: int) -> dict[str, float]:
     picture = np.full((SIDE, SIDE, 3), 128, np.uint8)
     times = {}
     times["collect"], segments = clock(
-        lambda: pool.collect(images, dict.fromkeys(images["image_id"], masks))
+        lambda: segment_table.collect(images, dict.fromkeys(images["image_id"], masks))
     )
-    times["duplicates"], segments = clock(lambda: pool.drop_duplicates(segments))
+    times["duplicates"], segments = clock(lambda: segment_table.drop_duplicates(segments))
     times["crops"], raw = clock(
         lambda: features.embed_segments(Cheap(), segments, lambda _: picture)
     )
     raw = np.random.default_rng(0).normal(size=(len(segments), d)).astype(np.float32)
     times["build, PCA"], built = clock(lambda: pool.build(segments, raw, n_components=p))
     more = image_table(4, len(images))
-    new = pool.collect(more, dict.fromkeys(more["image_id"], masks))
+    new = segment_table.collect(more, dict.fromkeys(more["image_id"], masks))
     times["append 100"], _ = clock(
         lambda: pool.append(built, new, np.zeros((len(new), d), np.float32))
     )

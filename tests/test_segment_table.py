@@ -1,0 +1,211 @@
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from pycocotools.coco import COCO
+
+from helpers import pool as pooling
+from helpers.segment_table import (
+    COLUMNS,
+    collect,
+    drop_duplicates,
+    load_coco,
+    rows_by_image,
+    save_coco,
+    tidy,
+)
+from tests.toy_segments import H, W, disc, masks, records
+
+
+@pytest.fixture
+def segments():
+    return collect(records(), masks())
+
+
+def test_collect_measures_every_segment(segments):
+    given = masks()
+    assert len(segments) == 24
+    assert tuple(segments.table.columns) == COLUMNS
+    for i, row in segments.table.iterrows():
+        mask = given[row["image_id"]][i % 4]
+        np.testing.assert_array_equal(segments.mask(i), mask)
+        ys, xs = np.nonzero(mask)
+        assert row["area"] == len(xs)
+        np.testing.assert_allclose([row["cx"], row["cy"]], [xs.mean(), ys.mean()])
+        box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+        assert [row[k] for k in "xywh"] == box
+        edge = np.ones((H, W), bool)
+        edge[1:-1, 1:-1] = False
+        assert row["border"] == (mask & edge).any()
+    np.testing.assert_array_equal(segments.masks("im3"), given["im3"])
+
+
+def test_border_cut_is_found_on_each_side():
+    shapes = np.stack(
+        [disc(x, y, 4) for x, y in ((2, 20), (W - 2, 20), (20, 2), (20, H - 2), (20, 20))]
+    )
+    table = collect(records(1), {"im0": shapes}).table
+    assert table["border"].tolist() == [True, True, True, True, False]
+
+
+def test_collect_takes_scores_superpixels_and_border_of_an_object():
+    given = SimpleNamespace(
+        masks=masks(1)["im0"], scores=np.array([0.1, 0.2, 0.3, 0.4]),
+        superpixel=np.array([7, 1, 2, 3]), border=np.array([True, False, False, True]),
+    )  # fmt: skip
+    table = collect(records(1), {"im0": given}).table
+    assert table["score"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert table["superpixel"].tolist() == [7, 1, 2, 3]
+    assert table["border"].tolist() == [True, False, False, True]
+
+
+def test_image_without_segments_is_kept():
+    given = masks(3) | {"im1": np.zeros((0, H, W), bool)}
+    segments = collect(records(3), given)
+    assert len(segments) == 8
+    assert segments.masks("im1").shape == (0, H, W)
+    with pytest.raises(KeyError, match="nobody"):
+        segments.masks("nobody")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r, m: m.update(im0=np.zeros((1, H, W), bool)), "empty"),
+        (lambda r, m: m.update(im0=np.ones((1, 5, 5), bool)), "expected"),
+        (lambda r, m: m.update(other=m["im0"]), "unknown images"),
+        (lambda r, m: r.pop("split"), "split"),
+        (lambda r, m: r.loc.__setitem__((1, "image_id"), "im0"), "twice"),
+    ],
+)
+def test_collect_errors(change, message):
+    table, given = records(), masks()
+    change(table, given)
+    with pytest.raises(ValueError, match=message):
+        collect(table, given)
+
+
+def test_coco_round_trip(tmp_path, segments):
+    path = tmp_path / "deep" / "segments.json"
+    save_coco(path, segments.images, segments, info={"chapter": "02"})
+    again = load_coco(path)
+    pd.testing.assert_frame_equal(again.images, segments.images)
+    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
+    for i in range(len(segments)):
+        np.testing.assert_array_equal(again.mask(i), segments.mask(i))
+    first = path.read_bytes()
+    save_coco(path, again.images, again, info={"chapter": "02"})
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["segments.json"]
+
+
+def test_pycocotools_reads_it(tmp_path, segments, capsys):
+    save_coco(tmp_path / "s.json", records(), masks())
+    coco = COCO(str(tmp_path / "s.json"))
+    assert sorted(c["name"] for c in coco.cats.values()) == ["a", "b"]
+    assert len(coco.anns) == 24
+    for number, annotation in enumerate(coco.anns.values()):
+        np.testing.assert_array_equal(coco.annToMask(annotation), segments.mask(number))
+        assert annotation["area"] == segments.mask(number).sum()
+    assert {len(coco.getAnnIds(imgIds=i)) for i in coco.imgs} == {4}
+
+
+def test_coco_of_other_tools(tmp_path):
+    """Polygons, uncompressed run lengths, and none of our own keys."""
+    document = {
+        "images": [{"id": 9, "file_name": "slide/a.png", "height": 10, "width": 12}],
+        "categories": [{"id": 3, "name": "gland"}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 3, "iscrowd": 0, "area": 16,
+             "segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]]},
+            {"id": 2, "image_id": 9, "category_id": 3, "iscrowd": 1, "area": 10,
+             "bbox": [0, 0, 1, 10], "segmentation": {"size": [10, 12], "counts": [0, 10, 110]}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    segments = load_coco(tmp_path / "c.json")
+    assert segments.images["image_id"].tolist() == ["a"]
+    assert segments.images["label"].tolist() == ["gland"]
+    assert segments.mask(0)[3:7, 2:6].all() and segments.table["area"].tolist() == [16, 10]
+    assert segments.table["border"].tolist() == [False, True]
+    assert segments.mask(1)[:, 0].all()
+    with pytest.raises(ValueError, match="leakage"):  # no split is no training split
+        pooling.build(segments, np.zeros((2, 3)))
+
+
+def test_load_coco_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="02_anchor_clustering"):
+        load_coco(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match="no JSON"):
+        load_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="annotations"):
+        load_coco(tmp_path / "a.json")
+
+
+def test_select(segments):
+    part = segments.select(label="a")
+    assert set(part.table["label"]) == {"a"} and set(part.images["label"]) == {"a"}
+    np.testing.assert_array_equal(part.mask(4), segments.masks("im2")[0])
+    big = segments.select(segments.table["area"].to_numpy() > 50)
+    assert len(big.images) == 6 and (big.table["area"] > 50).all()
+    with pytest.raises(KeyError, match="stage"):
+        segments.select(stage=1)
+
+
+def test_tidy_keeps_the_largest_part_without_holes():
+    ring = disc(20, 20, 10) & ~disc(20, 20, 5)
+    islands = disc(20, 20, 8) | disc(38, 36, 2) | disc(2, 2, 2)
+    segments = collect(records(2), {"im0": np.stack([ring, islands]), "im1": ring[None]})
+    assert segments.table["border"].tolist() == [False, True, False]
+    clean = tidy(segments)
+    np.testing.assert_array_equal(clean.mask(0), disc(20, 20, 10))
+    np.testing.assert_array_equal(clean.mask(1), disc(20, 20, 8))
+    assert clean.table["border"].tolist() == [False, False, False]
+    assert clean.table["image_id"].tolist() == ["im0", "im0", "im1"]
+    again = tidy(clean)
+    pd.testing.assert_frame_equal(again.table, clean.table)
+
+
+def test_duplicates_count_once_and_the_better_score_stays():
+    shapes = np.stack([disc(20, 20, 10), disc(20.4, 20, 10), disc(20, 20, 6), disc(20, 20, 10)])
+    given = SimpleNamespace(masks=shapes, scores=np.array([0.5, 0.9, 0.8, 0.5]))
+    segments = collect(records(2), {"im0": given, "im1": shapes[:1]})
+    kept = drop_duplicates(segments, iou=0.9)
+    assert kept.table["segment_id"].tolist() == [2, 3, 5]
+    assert len(drop_duplicates(segments, iou=1.0)) == 4
+    with pytest.raises(ValueError, match="iou=0"):
+        drop_duplicates(segments, iou=0)
+
+
+def test_cost_of_many_images_is_linear():
+    """Rows are grouped by image once, not searched for each image."""
+
+    def seconds(n):
+        table = pd.DataFrame({"image_id": [f"image-{k // 4}" for k in range(n)]})
+        start = time.process_time()
+        groups = rows_by_image(table)
+        assert len(groups) == n // 4 and list(groups)[:2] == ["image-0", "image-1"]
+        np.testing.assert_array_equal(groups["image-3"], [12, 13, 14, 15])
+        return time.process_time() - start
+
+    few, many = (min(seconds(n) for _ in range(3)) for n in (10_000, 80_000))
+    assert many < 24 * few  # eight times the rows; a search would take 64 times as long
+
+
+def test_a_mask_that_was_changed_is_noticed(tmp_path, segments):
+    save_coco(tmp_path / "s.json", segments.images, segments)
+    document = json.loads((tmp_path / "s.json").read_text())
+    counts = document["annotations"][5]["segmentation"]["counts"]
+    document["annotations"][5]["segmentation"]["counts"] = counts[: len(counts) // 2]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="annotation 6 has not the area"):
+        load_coco(tmp_path / "s.json")
+    del document["annotations"][5]["segmentation"]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"damaged \(KeyError: 'segmentation'\)"):
+        load_coco(tmp_path / "s.json")
