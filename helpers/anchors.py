@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
 
 from helpers.sam import Embedding, Proposals, check_image, embed, propose
+from helpers.segment_table import cut_by_border
 from helpers.superpixels import draw_points, superpixels
 
 LINKAGES = ("average", "complete", "single")
@@ -239,7 +240,8 @@ class Segmentation:
     superpixel : (m,) int64 ndarray
         Superpixel whose anchor the segment is.
     border : (m,) bool ndarray
-        Segment touches the border of the image, so it may be cut.
+        Segment is cut by the border of the image, see
+        :func:`helpers.segment_table.cut_by_border`.
     n_superpixels : int
     n_dropped : dict of str to int
         Superpixels without a segment, by reason: empty, small, large, duplicate.
@@ -599,17 +601,11 @@ def _finish(prompted, index, support, iou_merge, min_area, max_area) -> Segmenta
         scores=scores[kept],
         support=support[found],
         superpixel=found,
-        border=touches_border(masks),
+        border=cut_by_border(masks),
         n_superpixels=len(index),
         n_dropped=dropped,
         labels=prompted.labels,
     )
-
-
-def touches_border(masks: np.ndarray) -> np.ndarray:
-    """(n,) bool ndarray: which of the (n, H, W) masks reach the first or last row or column."""
-    edge = masks[:, [0, -1]].any((1, 2)) | masks[:, :, [0, -1]].any((1, 2))
-    return edge.astype(bool)
 
 
 def segmentation_map(masks: np.ndarray) -> np.ndarray:

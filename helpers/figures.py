@@ -8,6 +8,7 @@ the column of the book (about 7.5 inches wide), where text is read at its printe
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "sweeps",
     "training_curves",
     "use_style",
+    "wrapped",
 ]
 
 #: Okabe-Ito colours without black, strongest contrast first.
@@ -147,7 +149,8 @@ def image_grid(
     images : sequence of (H, W, 3) uint8 or (H, W) ndarray
         Pictures, row by row; None leaves a place empty. 2-D arrays are shown with `cmap`.
     titles : sequence of str, optional
-        Title of each picture; if there are only `ncols` of them, they head the columns.
+        Title of each picture; if there are only `ncols` of them, they head the columns. Titles
+        and row labels that are too long for their picture go over several lines.
     ncols : int
         Pictures in a row.
     rows : sequence of str, optional
@@ -170,9 +173,14 @@ def image_grid(
     nrows = -(-len(images) // ncols)
     first = next((image for image in images if image is not None), np.ones((1, 1)))
     aspect = np.shape(first)[0] / np.shape(first)[1]
-    title_height = 0.24 * (nrows if titles is not None and len(titles) > ncols else bool(titles))
+    side = width / ncols
+    titles = [wrapped(title, side) for title in (() if titles is None else titles)]
+    rows = [wrapped(row, side * aspect) for row in (() if rows is None else rows)]
+    heads = [titles[i : i + ncols] for i in range(0, len(titles), ncols)]
+    lines = sum(1 + max(title.count("\n") for title in head) for head in heads)
+    title_height = 0.18 * lines + 0.06 * len(heads)
     figure, axes = _subplots(
-        nrows, ncols, figsize=(width, nrows * aspect * width / ncols + title_height), squeeze=False
+        nrows, ncols, figsize=(width, nrows * aspect * side + title_height), squeeze=False
     )
     for index, axis in enumerate(axes.flat):
         bare(axis)
@@ -180,11 +188,18 @@ def image_grid(
             axis.set_visible(False)
             continue
         axis.imshow(images[index], cmap=cmap, **show)
-        if titles is not None and index < len(titles):
+        if index < len(titles):
             axis.set_title(titles[index])
-    for label, axis in zip(rows or (), axes[:, 0], strict=False):
+    for label, axis in zip(rows, axes[:, 0], strict=False):
         axis.set_ylabel(label)
     return figure
+
+
+def wrapped(label: str, inches: float) -> str:
+    """Break a label into lines that fit a length; a word that is too long keeps its line."""
+    width = max(1, int(13 * inches))  # characters of the book's font an inch
+    lines = [textwrap.wrap(line, width, break_long_words=False) for line in str(label).split("\n")]
+    return "\n".join(line for part in lines for line in part)
 
 
 def bare(axis: Axes) -> Axes:

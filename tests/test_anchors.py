@@ -23,9 +23,9 @@ from helpers.anchors import (
     segmentation_map,
     settled,
     take,
-    touches_border,
 )
 from helpers.sam import SMALL_WEIGHTS, Proposals, build_small_sam, embed, load_sam, propose
+from helpers.segment_table import cut_by_border
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor, literal_anchors, literal_identity
 
@@ -343,12 +343,6 @@ def test_small_segments_stay_visible_in_the_map():
     assert painted[0, 0] == 0
 
 
-def test_border():
-    masks = np.zeros((5, 6, 7), bool)
-    masks[0, 0, 3] = masks[1, 5, 3] = masks[2, 3, 0] = masks[3, 3, 6] = masks[4, 3, 3] = True
-    assert touches_border(masks).tolist() == [True, True, True, True, False]
-
-
 def test_segment_is_complete_and_repeatable(random_sam):
     image = phantom.render(0, seed=3, size=(96, 130)).image
     one, two = (
@@ -359,7 +353,7 @@ def test_segment_is_complete_and_repeatable(random_sam):
     assert one.masks.shape[1:] == (96, 130) and one.masks.dtype == bool
     assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
     assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one)
-    np.testing.assert_array_equal(one.border, touches_border(one.masks))
+    np.testing.assert_array_equal(one.border, cut_by_border(one.masks))
 
 
 def test_segment_counts_what_it_drops(random_sam):

@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -32,6 +34,30 @@ def test_grid_has_a_place_for_each_image_and_none_for_ticks():
     assert [axis.get_title() for axis in shown] == list("abcde")
     assert all(len(axis.get_xticks()) == 0 for axis in shown)
     assert shown[3].get_ylabel() == "y"
+
+
+def test_long_titles_and_row_labels_do_not_run_into_their_neighbours():
+    images = [np.zeros((8, 12, 3), np.uint8)] * 8
+    long = "moderately-to-poorly differentiated"
+    figure = figures.image_grid(images, titles=[long] * 4, ncols=4, rows=[long] * 2)
+    figure.canvas.draw()
+    for texts in ([a.title for a in figure.axes[:4]], [a.yaxis.label for a in figure.axes[::4]]):
+        boxes = [text.get_window_extent() for text in texts]
+        for a, b in itertools.pairwise(boxes):
+            assert not a.overlaps(b)
+
+
+@pytest.mark.parametrize(
+    ("label", "inches", "lines"),
+    [
+        ("poor", 1.0, ["poor"]),
+        ("well differentiated tumour", 1.0, ["well", "differentiated", "tumour"]),
+        ("two\nlines", 9.0, ["two", "lines"]),
+        ("", 1.0, [""]),
+    ],
+)
+def test_wrapped(label, inches, lines):
+    assert figures.wrapped(label, inches).split("\n") == lines
 
 
 def test_grid_of_nothing_is_refused():

@@ -11,6 +11,7 @@ from helpers import pool as pooling
 from helpers.segment_table import (
     COLUMNS,
     collect,
+    cut_by_border,
     drop_duplicates,
     load_coco,
     rows_by_image,
@@ -37,9 +38,10 @@ def test_collect_measures_every_segment(segments):
         np.testing.assert_allclose([row["cx"], row["cy"]], [xs.mean(), ys.mean()])
         box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
         assert [row[k] for k in "xywh"] == box
-        edge = np.ones((H, W), bool)
-        edge[1:-1, 1:-1] = False
-        assert row["border"] == (mask & edge).any()
+        on_border = [
+            (x, y) for x, y in zip(xs, ys, strict=True) if x in (0, W - 1) or y in (0, H - 1)
+        ]
+        assert row["border"] == (len(on_border) > 0.1 * 2 * np.pi * np.sqrt(len(xs) / np.pi))
     np.testing.assert_array_equal(segments.masks("im3"), given["im3"])
 
 
@@ -49,6 +51,30 @@ def test_border_cut_is_found_on_each_side():
     )
     table = collect(records(1), {"im0": shapes}).table
     assert table["border"].tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("lost", [0.001, 0.004, 0.012, 0.05, 0.5])
+def test_what_lost_less_than_one_percent_to_the_border_is_not_cut(lost):
+    """A disc without a cap of that share of it; the chord of a tenth of 2 pi r takes 0.7 %."""
+    radius, angle = 200.0, np.linspace(0, np.pi, 10_001)  # half the angle over the chord
+    cap = (angle - np.sin(angle) * np.cos(angle)) / np.pi
+    centre = radius * np.cos(angle[np.searchsorted(cap, lost)])  # from the border
+    shape = (412, 640)
+    for x in (centre - 0.5, shape[1] - 0.5 - centre):
+        whole = disc(x, 205.5, radius, shape)
+        assert whole[:, [0, -1]].any()
+        assert cut_by_border(whole[None]).tolist() == [lost > 0.007]
+        assert cut_by_border(whole.T[None]).tolist() == [lost > 0.007]
+
+
+def test_coco_without_the_mark_is_measured_like_our_own(tmp_path, segments):
+    save_coco(tmp_path / "s.json", segments.images, segments)
+    document = json.loads((tmp_path / "s.json").read_text())
+    for annotation in document["annotations"]:
+        del annotation["border"]
+    (tmp_path / "s.json").write_text(json.dumps(document))
+    again = load_coco(tmp_path / "s.json")
+    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
 
 
 def test_collect_takes_scores_superpixels_and_border_of_an_object():
@@ -159,7 +185,7 @@ def test_select(segments):
 
 def test_tidy_keeps_the_largest_part_without_holes():
     ring = disc(20, 20, 10) & ~disc(20, 20, 5)
-    islands = disc(20, 20, 8) | disc(38, 36, 2) | disc(2, 2, 2)
+    islands = disc(20, 20, 8) | disc(38, 36, 2) | disc(1, 1, 4)
     segments = collect(records(2), {"im0": np.stack([ring, islands]), "im1": ring[None]})
     assert segments.table["border"].tolist() == [False, True, False]
     clean = tidy(segments)
