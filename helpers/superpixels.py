@@ -19,7 +19,7 @@ class SuperpixelWarning(UserWarning):
 
 def superpixels(
     image: np.ndarray,
-    n_segments: int = 30,
+    n_segments: int = 64,
     *,
     compactness: float = 40.0,
     sigma: float = 2.0,
@@ -91,7 +91,7 @@ def _slic(image: np.ndarray, n: int, compactness: float, sigma: float) -> np.nda
     return labels.reshape(image.shape[:2]).astype(np.int32)
 
 
-def draw_points(labels: np.ndarray, n_points: int = 15, *, rng: np.random.Generator) -> np.ndarray:
+def draw_points(labels: np.ndarray, n_points: int = 7, *, rng: np.random.Generator) -> np.ndarray:
     """Draw K random pixels inside each superpixel.
 
     Parameters

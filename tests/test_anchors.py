@@ -276,7 +276,14 @@ def test_an_anchor_settled_early_is_a_near_duplicate_of_the_final_one(linkage):
 def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
     image = phantom.render(seed, seed=8, size=(128, 150)).image
     full, early = (
-        prompt(small, image, rng=np.random.default_rng(seed), n_segments=6, early_stop=stop)
+        prompt(
+            small,
+            image,
+            rng=np.random.default_rng(seed),
+            n_segments=6,
+            n_points=15,
+            early_stop=stop,
+        )
         for stop in (False, True)
     )
     np.testing.assert_array_equal(full.points, early.points)
