@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import phantom
 from helpers.diffusion import dsm_loss
 from helpers.latent import (
     AUTOENCODER_WEIGHTS,
@@ -40,6 +39,15 @@ from helpers.latent import (
     to_tensor,
     to_uint8,
 )
+from helpers.latent_scenes import (
+    Scenes,
+    colour_jitter,
+    drawing_weights,
+    held_out,
+    prepare,
+    random_crops,
+    turn,
+)
 from helpers.sam import resolve_device
 
 __all__ = [
@@ -48,283 +56,14 @@ __all__ = [
     "DecoderRecipe",
     "DecoderTrainer",
     "Discriminator",
-    "Scenes",
     "UNetRecipe",
     "UNetTrainer",
-    "colour_jitter",
-    "drawing_weights",
     "encode_scenes",
-    "held_out",
     "pixel_losses",
-    "prepare",
-    "random_crops",
-    "scene",
     "score_autoencoder",
-    "texture",
 ]
 
-#: Side of a stored scene in pixels.
-SCENE = 256
-_SHARD = 25
-_HELD_OUT_SEED = 987_654_321
 _SECOND_ROUND = "## Second round of the decoder"
-
-
-# --- images ---------------------------------------------------------------------------------------
-
-
-def scene(index: int, *, seed: int = 0, size: int = SCENE, textures: float = 0.15) -> np.ndarray:
-    """Draw one training image: tissue of any organ, grade, stain, site and zoom, or a texture.
-
-    Parameters
-    ----------
-    index, seed : int
-        The image is determined by both.
-    size : int
-        Side in pixels.
-    textures : float
-        Share of images that are abstract textures instead of tissue.
-
-    Returns
-    -------
-    (size, size, 3) uint8 ndarray
-    """
-    rng = np.random.default_rng([seed, 71, index])
-    kind, organ = _kind(rng, textures)
-    if kind == "texture":
-        return texture(rng, size)
-    ihc = kind == "IHC"
-    zoom = float(np.exp(rng.normal(0, 0.2)))
-    return phantom.render(
-        index,
-        seed=seed + 1,
-        grade=str(rng.choice(phantom.GRADES[organ])),
-        organ=organ,
-        size=(size, size),
-        site=str(rng.choice(phantom.SITES)),
-        patient=int(rng.integers(1000)),
-        stain=kind,
-        microns_per_pixel=min(4.0, zoom * (150 if ihc else 256) / size),
-    ).image
-
-
-def _kind(rng: np.random.Generator, textures: float) -> tuple[str, str]:
-    """What a scene shows ("texture", "HE", "IHC"), and its organ."""
-    if rng.random() < textures:
-        return "texture", ""
-    organ = str(rng.choice(list(phantom.GRADES), p=[0.65, 0.35]))
-    return ("IHC" if rng.random() < 0.25 else "HE"), organ
-
-
-def drawing_weights(n: int, *, seed: int = 0, textures: float = 0.15, ihc: int = 2) -> np.ndarray:
-    """How often the noise network sees each scene: textures never, IHC `ihc` times as often as H&E.
-
-    The autoencoder should reproduce everything; the noise network should know tissue only.
-
-    Returns
-    -------
-    (n,) int64 ndarray
-    """
-    times = {"texture": 0, "HE": 1, "IHC": ihc}
-    kinds = [_kind(np.random.default_rng([seed, 71, i]), textures)[0] for i in range(n)]
-    return np.array([times[kind] for kind in kinds])
-
-
-def texture(rng: np.random.Generator, size: int = SCENE) -> np.ndarray:
-    """Draw an abstract texture: coloured noise of random scale and direction, with sharp regions.
-
-    Returns
-    -------
-    (size, size, 3) uint8 ndarray
-    """
-
-    def layer() -> np.ndarray:
-        sigma = float(np.exp(rng.uniform(np.log(0.6), np.log(12))))
-        stretch = float(np.exp(rng.uniform(0, np.log(4))))
-        noise = cv2.GaussianBlur(
-            rng.standard_normal((size, size)).astype(np.float32),
-            (0, 0),
-            sigma,
-            sigmaY=sigma * stretch,
-        )
-        turn = cv2.getRotationMatrix2D((size / 2, size / 2), float(rng.uniform(0, 180)), 1.45)
-        noise = cv2.warpAffine(noise, turn, (size, size), borderMode=cv2.BORDER_REFLECT)
-        return (noise - noise.mean()) / (noise.std() + 1e-6)
-
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = rng.uniform(0.25, 0.95, 3)
-    for _ in range(int(rng.integers(2, 5))):
-        colour = rng.uniform(0.05, 1.0, 3).astype(np.float32)
-        where = layer()
-        soft = float(np.exp(rng.uniform(np.log(0.02), np.log(1.0))))
-        weight = 1 / (1 + np.exp(-np.clip((where - rng.normal(0.3, 0.6)) / soft, -30, 30)))
-        detail = 1 + rng.uniform(0, 0.15) * layer()[..., None]
-        image += weight[..., None] * (colour * detail - image)
-    image += rng.normal(0, rng.uniform(0, 0.02), image.shape)
-    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
-
-
-def prepare(
-    folder: Path, n: int, *, seed: int = 0, textures: float = 0.15,
-    log: Callable[[str], None] = print,
-) -> None:  # fmt: skip
-    """Draw the first `n` scenes into shards of a folder; shards that are there are kept."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in range(-(-n // _SHARD)):
-        path = folder / f"shard_{k:04d}.npy"
-        if path.exists():
-            continue
-        images = [scene(k * _SHARD + i, seed=seed, textures=textures) for i in range(_SHARD)]
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, np.stack(images))
-        temporary.replace(path)
-        log(f"drew {(k + 1) * _SHARD} of {n} scenes")
-
-
-class Scenes:
-    """Training images: the shards of a folder, the pictures of a folder, or a given array.
-
-    Parameters
-    ----------
-    source : Path or (N, H, W, 3) uint8 ndarray
-        Folder with ``shard_*.npy`` written by :func:`prepare`, folder with PNG, JPEG or TIFF
-        images (searched through; large ones are cut into fields of `size`), or the images.
-    size : int
-        Side of the fields cut from pictures, pixels.
-    """
-
-    def __init__(self, source: Path | np.ndarray, *, size: int = SCENE) -> None:
-        self.source, self.size = source, size
-        self.parts: list[np.ndarray] = []
-        self._seen: set[str] = set()
-        if isinstance(source, np.ndarray):
-            self.parts = [source]
-        else:
-            self.refresh()
-        if not len(self):
-            raise FileNotFoundError(f"no images in {source}: give a folder with images")
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        for part in self.parts:
-            if i < len(part):
-                return part[i]
-            i -= len(part)
-        raise IndexError(i)
-
-    def refresh(self) -> None:
-        """Take in shards that were written since."""
-        if isinstance(self.source, np.ndarray):
-            return
-        folder = Path(self.source)
-        shards = sorted(folder.glob("shard_????.npy"))
-        for path in shards:
-            if path.name not in self._seen:
-                self._seen.add(path.name)
-                self.parts.append(np.load(path))
-        if not shards and not self.parts:
-            self.parts = [part for part in [_fields(folder, self.size)] if len(part)]
-
-
-def _fields(folder: Path, size: int) -> np.ndarray:
-    """Non-overlapping fields of all pictures under a folder, short sides scaled up if needed."""
-    from PIL import Image
-
-    kinds = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds):
-        with Image.open(path) as picture:
-            image = np.asarray(picture.convert("RGB"))
-        short = min(image.shape[:2])
-        if short < size:
-            side = [max(size, round(s * size / short)) for s in image.shape[:2]]
-            image = cv2.resize(image, side[::-1], interpolation=cv2.INTER_CUBIC)
-        for y in range(0, image.shape[0] - size + 1, size):
-            for x in range(0, image.shape[1] - size + 1, size):
-                found.append(image[y : y + size, x : x + size])
-    return np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
-
-
-def held_out(n: int = 24, *, size: int = SCENE) -> np.ndarray:
-    """Phantoms that training never sees: other seeds, all grades, both sites, one in six IHC.
-
-    Returns
-    -------
-    (n, size, size, 3) uint8 ndarray
-    """
-    pairs = [(organ, grade) for organ, grades in phantom.GRADES.items() for grade in grades]
-    images = []
-    for i in range(n):
-        organ, grade = pairs[i % len(pairs)]
-        images.append(phantom.render(
-            i, seed=_HELD_OUT_SEED, organ=organ, grade=grade, size=(size, size),
-            site=phantom.SITES[i // len(pairs) % 2], patient=1000 + i,
-            stain="IHC" if i % 6 == 5 else "HE",
-        ).image)  # fmt: skip
-    return np.stack(images)
-
-
-def colour_jitter(
-    x: torch.Tensor, strength: float, *, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Change the stain: optical density times a random matrix near the identity, plus a shift.
-
-    Parameters
-    ----------
-    x : (N, 3, H, W) Tensor
-        Images in [-1, 1].
-    strength : float
-        0 changes nothing; 1 is a strong change.
-
-    Returns
-    -------
-    (N, 3, H, W) Tensor
-        In [-1, 1].
-    """
-    if strength <= 0:
-        return x
-    n = len(x)
-    density = -torch.log(((x + 1) / 2).clamp_min(1 / 255))
-    gain = torch.exp(0.35 * strength * torch.randn(n, 1, 1, generator=generator))
-    mix = torch.eye(3) + 0.15 * strength * torch.randn(n, 3, 3, generator=generator)
-    shift = 0.05 * strength * torch.randn(n, 3, 1, generator=generator)
-    density = (gain * mix) @ density.flatten(2) + shift
-    return (2 * torch.exp(-density.clamp_min(0)) - 1).reshape(x.shape)
-
-
-def _turn(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each square image flipped and turned by a multiple of 90 degrees at random."""
-    how = torch.randint(8, (len(x),), generator=generator).tolist()
-    return torch.stack([
-        torch.rot90(image.flip(-1) if k >= 4 else image, k % 4, (-2, -1))
-        for image, k in zip(x, how, strict=True)
-    ])  # fmt: skip
-
-
-def random_crops(
-    scenes: Scenes, recipe: AutoencoderRecipe | DecoderRecipe, generator: torch.Generator
-) -> torch.Tensor:
-    """Random crops with flips, quarter turns and stain jitter.
-
-    Returns
-    -------
-    (batch, 3, crop, crop) float32 Tensor
-        In [-1, 1].
-    """
-    crops = []
-    for _ in range(recipe.batch):
-        image = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
-        y, x = (
-            int(torch.randint(side - recipe.crop + 1, (1,), generator=generator))
-            for side in image.shape[:2]
-        )
-        crops.append(image[y : y + recipe.crop, x : x + recipe.crop])
-    strength = float(torch.rand(1, generator=generator)) * 2 * recipe.jitter
-    return colour_jitter(_turn(to_tensor(np.stack(crops)), generator), strength,
-                         generator=generator)  # fmt: skip
 
 
 def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -589,7 +328,9 @@ class AutoencoderTrainer(_Trainer):
     def loss(self) -> dict[str, torch.Tensor]:
         """Reconstruction of a batch of crops."""
         r = self.recipe
-        x = random_crops(self.scenes, r, self.generator).to(self.device)
+        x = random_crops(
+            self.scenes, batch=r.batch, crop=r.crop, jitter=r.jitter, generator=self.generator
+        ).to(self.device)
         with self._autocast():
             moments = self.model._encode(F.pixel_unshuffle(x, r.image_patch))
             mean, logvar = moments.float().chunk(2, dim=1)
@@ -739,7 +480,9 @@ class DecoderTrainer(_Trainer):
     def loss(self) -> dict[str, torch.Tensor]:
         """One step of the discriminator, and the losses of the decoder."""
         r = self.recipe
-        x = random_crops(self.scenes, r, self.generator).to(self.device)
+        x = random_crops(
+            self.scenes, batch=r.batch, crop=r.crop, jitter=r.jitter, generator=self.generator
+        ).to(self.device)
         z = self._latents(x)
         with self._autocast():
             out = self.latents.decode(z)
@@ -905,7 +648,7 @@ def encode_scenes(
         for view in range(views):
             for i in range(0, len(scenes), batch):
                 x = to_tensor(np.stack([scenes[k] for k in range(i, min(i + batch, len(scenes)))]))
-                x = _turn(x, generator)
+                x = turn(x, generator)
                 x = torch.cat([colour_jitter(y[None], jitter, generator=generator) for y in x])
                 found.append(model.encode(x.to(model.device)).half().cpu())
             if log:

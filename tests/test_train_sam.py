@@ -11,27 +11,25 @@ import pytest
 import torch
 
 from helpers.sam import load_sam
+from helpers.sam_scenes import (
+    LEVELS,
+    Scenes,
+    held_out,
+    prepare,
+)
 from helpers.train_sam import (
     AREA_RANGE,
-    LEVELS,
     TARGETS,
     Recipe,
-    Scenes,
     Trainer,
     add_recipe,
-    augment,
     clicks,
     command_line,
     evaluate,
     export,
-    held_out,
     make_batch,
     match,
     pair_losses,
-    phantom_scene,
-    prepare,
-    recolour,
-    texture_scene,
     train,
 )
 
@@ -45,45 +43,6 @@ def folder(tmp_path_factory):
         warnings.simplefilter("ignore")
         prepare(folder / "scenes", 4, seed=1, shard=2)
     return folder
-
-
-@pytest.mark.parametrize("draw", [phantom_scene, texture_scene])
-def test_scenes_have_objects_and_are_deterministic(draw):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image, levels = draw(np.random.default_rng(4), 96)
-        again, _ = draw(np.random.default_rng(4), 96)
-    assert image.shape == (96, 96, 3) and image.dtype == np.uint8
-    assert levels.shape == (LEVELS, 96, 96) and levels.any()
-    np.testing.assert_array_equal(image, again)
-
-
-def test_texture_scenes_come_in_many_kinds():
-    pictures = [texture_scene(np.random.default_rng(i), 96) for i in range(12)]
-    assert all(image.std() > 1 for image, _ in pictures)
-    assert len({int(levels[0].max()) for _, levels in pictures}) >= 4
-
-
-def test_augmentation_keeps_image_and_labels_together():
-    levels = np.zeros((LEVELS, 320, 320), np.uint8)
-    levels[0, 100:220, 100:220] = 1
-    image = np.repeat((levels[0] * 200 + 20)[..., None], 3, -1)
-    rng = np.random.default_rng(0)
-    agree = []
-    for _ in range(20):
-        x, y = augment(image, levels, rng, 64)
-        assert x.shape == (64, 64, 3) and y.shape == (LEVELS, 64, 64)
-        inside = y[0] > 0
-        if inside.any() and not inside.all():
-            agree.append(abs(float(x[inside].mean()) - float(x[~inside].mean())))
-    assert np.median(agree) > 50
-
-
-def test_recolouring_changes_colours_not_shapes():
-    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    out = [recolour(image, np.random.default_rng(i)) for i in range(5)]
-    assert all(x.shape == image.shape and x.dtype == np.uint8 for x in out)
-    assert (out[0] != out[1]).any()
 
 
 def test_clicks_lie_in_every_target_they_are_given():
@@ -161,13 +120,6 @@ def test_batches_depend_on_the_generator_only(folder):
     )
     assert all(torch.equal(one[k], two[k]) for k in one if k != "bf16")
     assert (one["chosen"].sum(-1) == one["valid"].any(-1)).all()
-
-
-def test_shards_are_not_made_twice(folder):
-    paths = sorted((folder / "scenes").glob("*.npy"))
-    before = [p.stat().st_mtime_ns for p in paths]
-    prepare(folder / "scenes", 4, seed=1, shard=2)
-    assert [p.stat().st_mtime_ns for p in paths] == before
 
 
 def test_training_runs_resumes_and_exports(folder, tmp_path):

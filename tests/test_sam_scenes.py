@@ -1,0 +1,62 @@
+import warnings
+
+import numpy as np
+import pytest
+
+from helpers.sam_scenes import (
+    LEVELS,
+    Scenes,
+    augment,
+    phantom_scene,
+    prepare,
+    recolour,
+    texture_scene,
+)
+
+
+@pytest.mark.parametrize("draw", [phantom_scene, texture_scene])
+def test_scenes_have_objects_and_are_deterministic(draw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image, levels = draw(np.random.default_rng(4), 96)
+        again, _ = draw(np.random.default_rng(4), 96)
+    assert image.shape == (96, 96, 3) and image.dtype == np.uint8
+    assert levels.shape == (LEVELS, 96, 96) and levels.any()
+    np.testing.assert_array_equal(image, again)
+
+
+def test_texture_scenes_come_in_many_kinds():
+    pictures = [texture_scene(np.random.default_rng(i), 96) for i in range(12)]
+    assert all(image.std() > 1 for image, _ in pictures)
+    assert len({int(levels[0].max()) for _, levels in pictures}) >= 4
+
+
+def test_augmentation_keeps_image_and_labels_together():
+    levels = np.zeros((LEVELS, 320, 320), np.uint8)
+    levels[0, 100:220, 100:220] = 1
+    image = np.repeat((levels[0] * 200 + 20)[..., None], 3, -1)
+    rng = np.random.default_rng(0)
+    agree = []
+    for _ in range(20):
+        x, y = augment(image, levels, rng, 64)
+        assert x.shape == (64, 64, 3) and y.shape == (LEVELS, 64, 64)
+        inside = y[0] > 0
+        if inside.any() and not inside.all():
+            agree.append(abs(float(x[inside].mean()) - float(x[~inside].mean())))
+    assert np.median(agree) > 50
+
+
+def test_recolouring_changes_colours_not_shapes():
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    out = [recolour(image, np.random.default_rng(i)) for i in range(5)]
+    assert all(x.shape == image.shape and x.dtype == np.uint8 for x in out)
+    assert (out[0] != out[1]).any()
+
+
+def test_shards_are_not_made_twice(tmp_path):
+    prepare(tmp_path, 2, seed=1, shard=1)
+    paths = sorted(tmp_path.glob("*.npy"))
+    before = [p.stat().st_mtime_ns for p in paths]
+    prepare(tmp_path, 3, seed=1, shard=1)
+    assert [p.stat().st_mtime_ns for p in paths] == before
+    assert len(Scenes(tmp_path)) == 3
