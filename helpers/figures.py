@@ -673,7 +673,7 @@ def principal_axes(
 def mark(
     image: np.ndarray, points: ArrayLike, *, colour: Sequence[float] = (1.0, 0.93, 0.2)
 ) -> np.ndarray:
-    """Draw dots with a dark rim on a picture.
+    """Draw dots with a dark rim on a picture, smaller ones where there are many.
 
     Parameters
     ----------
@@ -690,11 +690,12 @@ def mark(
     """
     points = np.asarray(points, dtype=float).reshape(-1, 2)
     colours = np.broadcast_to(np.asarray(colour, dtype=float), (len(points), 3)) * 255
-    out, radius = image.copy(), max(image.shape) / 90
+    crowd = np.clip(np.sqrt(len(points) / 100), 1.0, 1.5)
+    out, radius, rim = image.copy(), max(image.shape) / 90 / crowd, 1.2 / crowd
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     for (px, py), rgb in zip(points, colours, strict=True):
         distance = np.hypot(x - px, y - py)
-        out[distance <= radius + 1.2] = 20
+        out[distance <= radius + rim] = 20
         out[distance <= radius] = np.rint(rgb)
     return out
 
