@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -571,6 +572,51 @@ def export(trainer: Trainer, path: Path) -> None:
     path.with_suffix(".md").write_text(model_card(trainer, path, last))
 
 
+def average(paths: Sequence[Path], path: Path) -> None:
+    """Write the mean of several weights of one architecture.
+
+    Rounds that go on from each other lie in one valley of the loss; their mean keeps what each
+    has learnt and is less bound to the images of the last (Wortsman et al., "Model soups", 2022).
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files that :func:`export` wrote.
+    path : Path
+        Where the mean goes, fp16.
+
+    Raises
+    ------
+    ValueError
+        If there are no files, or their tensors do not agree.
+    """
+    from safetensors.torch import save_file
+
+    if not paths:
+        raise ValueError("no weights to average: give at least one file")
+    models = [load_sam(each) for each in paths]
+    states = [model.state_dict() for model in models]
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    odd = [str(p) for p, shape in zip(paths, shapes, strict=True) if shape != shapes[0]]
+    if odd:
+        raise ValueError(
+            f"{odd[0]} has other tensors than {paths[0]}: average rounds of one architecture"
+        )
+    mean = {
+        key: torch.stack([state[key].float() for state in states]).mean(0).half()
+        if value.is_floating_point()
+        else value
+        for key, value in states[-1].items()
+    }
+    metadata = {
+        "kind": "sam_small",
+        "image_size": str(models[0].image_encoder.img_size),
+        "dim": str(models[0].prompt_encoder.embed_dim),
+        "mean_of": str(len(states)),
+    }
+    save_file(mean, str(path), metadata=metadata)
+
+
 def _machine(device: torch.device) -> str:
     return "one CPU core" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
@@ -652,8 +698,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="auto", help='"auto" takes a GPU where there is one')
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="write the mean of these weights instead of training",
+    )
     add_recipe(parser)
     options = parser.parse_args(argv)
+    if options.average:
+        average(options.average, options.weights)
+        return
     recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)

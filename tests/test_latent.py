@@ -189,7 +189,8 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 @pytest.mark.skipif(not AUTOENCODER_WEIGHTS.exists(), reason="no shipped autoencoder")
 def test_shipped_autoencoder_reconstructs_tissue():
-    from helpers.train_latent import held_out, score_autoencoder
+    from helpers.latent_scenes import held_out
+    from helpers.train_latent import score_autoencoder
 
     score = score_autoencoder(load_autoencoder(), held_out(4))
     assert score["psnr"] > 28 and score["ssim"] > 0.85
@@ -198,7 +199,7 @@ def test_shipped_autoencoder_reconstructs_tissue():
 @pytest.mark.skipif(not UNET_WEIGHTS.exists(), reason="no shipped unet")
 def test_shipped_pair_denoises_tissue():
     from helpers.diffusion import tweedie
-    from helpers.train_latent import held_out
+    from helpers.latent_scenes import held_out
 
     model = load_latent_diffusion()
     assert UNET_WEIGHTS.stat().st_size < 15e6 and AUTOENCODER_WEIGHTS.stat().st_size < 15e6

@@ -23,10 +23,12 @@ from helpers.train_sam import (
     Recipe,
     Trainer,
     add_recipe,
+    average,
     clicks,
     command_line,
     evaluate,
     export,
+    main,
     make_batch,
     match,
     pair_losses,
@@ -183,6 +185,24 @@ def test_exports_are_small_and_half_precision(folder, tmp_path):
     with safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
         dtypes = {file.get_tensor(k).dtype for k in file.keys()}
     assert torch.float32 not in dtypes
+
+
+def test_average_of_weights(folder, tmp_path):
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for seed, file in enumerate(files):
+        export(Trainer(replace(RECIPE, seed=seed), Scenes(folder / "scenes")), file)
+    out = tmp_path / "mean.safetensors"
+    main(["--average", *map(str, files), "--weights", str(out)])
+    a, b, mean = (load_sam(file).state_dict() for file in (*files, out))
+    for key, value in mean.items():
+        expected = (a[key].double() + b[key].double()) / 2
+        torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="no weights"):
+        average([], out)
+    other = tmp_path / "wide.safetensors"
+    export(Trainer(replace(RECIPE, dim=64), Scenes(folder / "scenes")), other)
+    with pytest.raises(ValueError, match=r"wide.safetensors has other tensors"):
+        average([files[0], other], out)
 
 
 def test_evaluation_counts_each_gland_once(folder):
