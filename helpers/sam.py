@@ -516,6 +516,24 @@ def _precision(sam: Sam, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(sam.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+class Projected(NamedTuple):
+    """The image's side of one attention, as far as no prompt changes it.
+
+    Attributes
+    ----------
+    places : (B or 1, heads, N, c) float tensor
+        Projected image and positions if `shared`, else the positions alone.
+    shared : bool
+        Whether all prompts of an image attend to the same image.
+    values : (B, heads, N, c) float tensor or None
+        What tokens gather from a shared image.
+    """
+
+    places: torch.Tensor
+    shared: bool
+    values: torch.Tensor | None = None
+
+
 class ImageSide(NamedTuple):
     """The image's side of the two-way transformer, as far as no prompt changes it.
 
@@ -523,13 +541,12 @@ class ImageSide(NamedTuple):
     ----------
     image : (B, 1 or P, N, C) float tensor
         Embedding of the N places of the grid; one for each prompt where it was given a mask.
-    attentions : list
-        For each attention between tokens and image, in their order: the projected image, the
-        projected values or None, and whether the image is in the projection or its positions only.
+    attentions : list of Projected
+        One for each attention between tokens and image, in their order.
     """
 
     image: torch.Tensor
-    attentions: list[tuple[torch.Tensor, torch.Tensor | None, bool]]
+    attentions: list[Projected]
 
 
 def image_side(sam: Sam, features: torch.Tensor, dense: torch.Tensor | None = None) -> ImageSide:
@@ -558,11 +575,11 @@ def image_side(sam: Sam, features: torch.Tensor, dense: torch.Tensor | None = No
         place = image[:, 0] + pe if shared else pe
         attn = layer.cross_attn_token_to_image
         values = _split(attn.v_proj(image[:, 0]), attn.num_heads) if shared else None
-        attentions.append((_split(attn.k_proj(place), attn.num_heads), values, shared))
+        attentions.append(Projected(_split(attn.k_proj(place), attn.num_heads), shared, values))
         attn = layer.cross_attn_image_to_token
-        attentions.append((_split(attn.q_proj(place), attn.num_heads), None, shared))
+        attentions.append(Projected(_split(attn.q_proj(place), attn.num_heads), shared))
     attn = transformer.final_attn_token_to_image
-    attentions.append((_split(attn.k_proj(pe), attn.num_heads), None, False))
+    attentions.append(Projected(_split(attn.k_proj(pe), attn.num_heads), shared=False))
     return ImageSide(image, attentions)
 
 
@@ -642,14 +659,14 @@ def _two_way(transformer, side: ImageSide, tokens):
     for layer in transformer.layers:
         queries = layer.norm1(_self_attention(layer, queries, tokens))
         attn = layer.cross_attn_token_to_image
-        attention = _tokens_to_image(attn, queries + tokens, keys, *next(attentions))
+        attention = _tokens_to_image(attn, queries + tokens, keys, next(attentions))
         queries = layer.norm2(queries + attention)
         queries = layer.norm3(queries + layer.mlp(queries))
         attn = layer.cross_attn_image_to_token
-        keys = _image_to_tokens(attn, queries + tokens, queries, keys, *next(attentions))
+        keys = _image_to_tokens(attn, queries + tokens, queries, keys, next(attentions))
         keys = layer.norm4(keys)
     attn = transformer.final_attn_token_to_image
-    attention = _tokens_to_image(attn, queries + tokens, keys, *next(attentions))
+    attention = _tokens_to_image(attn, queries + tokens, keys, next(attentions))
     return transformer.norm_final_attn(queries + attention), keys
 
 
@@ -662,13 +679,13 @@ def _self_attention(layer, queries, tokens):
     return queries + layer.self_attn(q=x + pe, k=x + pe, v=x).unflatten(0, lead)
 
 
-def _tokens_to_image(attn, tokens, keys, projected, values, shared):
+def _tokens_to_image(attn, tokens, keys, projected: Projected):
     """Each token gathers from the image: softmax over its N places."""
     q = _split(attn.q_proj(tokens), attn.num_heads)
-    weights = _scores(q, attn.k_proj, keys, projected, shared).softmax(-1)  # (B, P, heads, T, N)
+    weights = _scores(q, attn.k_proj, keys, projected).softmax(-1)  # (B, P, heads, T, N)
     p, heads, t = weights.shape[1:4]
-    if shared:
-        out = weights.transpose(1, 2).flatten(2, 3) @ values
+    if projected.shared:
+        out = weights.transpose(1, 2).flatten(2, 3) @ projected.values
         out = out.unflatten(2, (p, t)).transpose(1, 2)
     else:  # gather first, project then; the weights sum to one, so the bias is added as it is
         gathered = (weights.flatten(2, 3) @ keys).unflatten(2, (heads, t))
@@ -677,12 +694,11 @@ def _tokens_to_image(attn, tokens, keys, projected, values, shared):
     return attn.out_proj(out.transpose(2, 3).flatten(3))
 
 
-def _image_to_tokens(attn, k_tokens, v_tokens, keys, projected, _, shared):
+def _image_to_tokens(attn, k_tokens, v_tokens, keys, projected: Projected):
     """Each place of the image gathers from the tokens: softmax over T tokens; with residual."""
     heads = attn.num_heads
     k = _split(attn.k_proj(k_tokens), heads)
-    weights = _scores(k, attn.q_proj, keys, projected, shared).softmax(-2)
-    weights = weights.flatten(2, 3)  # (B, P, heads T, N)
+    weights = _scores(k, attn.q_proj, keys, projected).softmax(-2).flatten(2, 3)
     v = _split(attn.v_proj(v_tokens), heads)
     v = v @ attn.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
     v = v + attn.out_proj.bias / heads  # weights of a head sum to one, so the bias comes out whole
@@ -693,17 +709,17 @@ def _image_to_tokens(attn, k_tokens, v_tokens, keys, projected, _, shared):
     return moved.unflatten(0, weights.shape[:2])
 
 
-def _scores(tokens, project, keys, projected, shared):
+def _scores(tokens, project, keys, projected: Projected):
     """Scaled products of projected tokens (B, P, heads, T, c) with the projected image.
 
-    Where the image is not `shared`, `projected` are its positions, and the keys of each prompt
+    Where the image is not shared, its positions alone are projected, and the keys of each prompt
     meet the tokens in the image's space.
     """
     p, heads, t, c = tokens.shape[1:]
     tokens = tokens / c**0.5
-    scores = tokens.transpose(1, 2).flatten(2, 3) @ projected.transpose(-1, -2)
+    scores = tokens.transpose(1, 2).flatten(2, 3) @ projected.places.transpose(-1, -2)
     scores = scores.unflatten(2, (p, t)).transpose(1, 2)
-    if not shared:
+    if not projected.shared:
         moved = tokens @ project.weight.unflatten(0, (heads, c))  # (B, P, heads, T, C)
         scores = scores + (moved.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (heads, t))
     return scores

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -367,17 +367,17 @@ def _rows_of_image(record: Mapping[str, Any], given: Any) -> tuple[pd.DataFrame,
             "cx": columns @ np.arange(shape[1]) / np.maximum(area, 1),
             "cy": rows @ np.arange(shape[0]) / np.maximum(area, 1),
             **{k: boxes[:, i].astype(int) for i, k in enumerate("xywh")},
-            "border": _per_segment(given, "border", cut_by_border(masks), n).astype(bool),
-            "score": _per_segment(given, "scores", np.ones(n), n).astype(float),
-            "superpixel": _per_segment(given, "superpixel", np.full(n, -1), n).astype(int),
+            "border": _per_segment(given, "border", lambda: cut_by_border(masks), n).astype(bool),
+            "score": _per_segment(given, "scores", lambda: np.ones(n), n).astype(float),
+            "superpixel": _per_segment(given, "superpixel", lambda: np.full(n, -1), n).astype(int),
         }
     )
     return part, list(codes)
 
 
-def _per_segment(given: Any, name: str, default: np.ndarray, n: int) -> np.ndarray:
+def _per_segment(given: Any, name: str, default: Callable[[], np.ndarray], n: int) -> np.ndarray:
     value = getattr(given, name, None) if not isinstance(given, np.ndarray) else None
-    value = default if value is None else np.asarray(value)
+    value = default() if value is None else np.asarray(value)
     if len(value) != n:
         raise ValueError(f"{name} has length {len(value)} for {n} masks")
     return value

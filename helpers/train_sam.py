@@ -544,23 +544,10 @@ def train(
 
 def export(trainer: Trainer, path: Path) -> None:
     """Write averaged weights (fp16 safetensors), the curve (JSON) and the model card."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for key, value in trainer.average.items()
-    }
-    metadata = {
-        "kind": "sam_small",
-        "image_size": str(trainer.recipe.image_size),
-        "dim": str(trainer.recipe.dim),
-        "step": str(trainer.step),
-    }
-    temporary = path.with_suffix(".tmp")
-    save_file(state, str(temporary), metadata=metadata)
-    temporary.replace(path)
+    recipe = trainer.recipe
+    _write(trainer.average, path, recipe.image_size, recipe.dim, step=trainer.step)
     last = next((x for x in reversed(trainer.curve) if "held_out_oracle_iou" in x), {})
     log = {
         "recipe": asdict(trainer.recipe),
@@ -590,8 +577,6 @@ def average(paths: Sequence[Path], path: Path) -> None:
     ValueError
         If there are no files, or their tensors do not agree.
     """
-    from safetensors.torch import save_file
-
     if not paths:
         raise ValueError("no weights to average: give at least one file")
     models = [load_sam(each) for each in paths]
@@ -603,18 +588,28 @@ def average(paths: Sequence[Path], path: Path) -> None:
             f"{odd[0]} has other tensors than {paths[0]}: average rounds of one architecture"
         )
     mean = {
-        key: torch.stack([state[key].float() for state in states]).mean(0).half()
+        key: torch.stack([state[key] for state in states]).mean(0)
         if value.is_floating_point()
         else value
         for key, value in states[-1].items()
     }
-    metadata = {
-        "kind": "sam_small",
-        "image_size": str(models[0].image_encoder.img_size),
-        "dim": str(models[0].prompt_encoder.embed_dim),
-        "mean_of": str(len(states)),
+    side, dim = models[0].image_encoder.img_size, models[0].prompt_encoder.embed_dim
+    _write(mean, Path(path), side, dim, mean_of=len(states))
+
+
+def _write(state: dict, path: Path, image_size: int, dim: int, **more: int) -> None:
+    """Write weights of the small model as fp16 safetensors, the whole file or nothing."""
+    from safetensors.torch import save_file
+
+    state = {
+        key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for key, value in state.items()
     }
-    save_file(mean, str(path), metadata=metadata)
+    metadata = {"image_size": image_size, "dim": dim, **more}
+    metadata = {"kind": "sam_small"} | {key: str(value) for key, value in metadata.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, str(temporary), metadata=metadata)
+    temporary.replace(path)
 
 
 def _machine(device: torch.device) -> str:

@@ -32,19 +32,20 @@ def clock(work, *, repeats: int = 1, timer=time.perf_counter):
 
 def bare(model, image, n_points: int, batch: int) -> float:
     """Seconds of one encoder pass and of decoder passes for `n_points` prompts."""
-    embedding = sam.embed(model, image)
     xy = torch.rand(1, batch, 1, 2) * model.image_encoder.img_size
     ones = torch.ones(1, batch, 1)
 
     def passes():
-        sam.embed(model, image)
+        features = sam.embed(model, image).features
+        side = sam.image_side(model, features)
         for _ in range(-(-n_points // batch)):
             sam.decode(
                 model,
-                embedding.features,
+                features,
                 xy.to(model.device),
                 ones.to(model.device),
                 outputs="best",
+                side=side,
             )
 
     with torch.no_grad():
