@@ -194,8 +194,6 @@ _MODES = {
     "L": "greyscale; save it as RGB (for PIL: image.convert('RGB')) if it really is stained tissue",
     "1": "black and white; an RGB photograph of the tissue is needed",
     "LA": "greyscale with transparency; save it as RGB",
-    "RGBA": "RGB with transparency; flatten it onto white and save it as RGB",
-    "P": "a palette image; save it as RGB",
     "CMYK": "CMYK; convert it to RGB",
     "F": "floating point; convert it to 8-bit RGB",
     "I": "32-bit greyscale; convert it to 8-bit RGB",
@@ -217,7 +215,7 @@ def _open(path: Path) -> Image.Image:
             f"{path} cannot be read as an image ({error}). Replace or remove the file; 8-bit RGB "
             "PNG, JPEG and TIFF are supported (16-bit RGB is not)."
         ) from None
-    if picture.mode != "RGB":
+    if picture.mode not in ("RGB", "RGBA", "P"):
         reason = _MODES.get(picture.mode)
         if reason is None:
             reason = (
@@ -235,8 +233,21 @@ def _open(path: Path) -> Image.Image:
     return picture
 
 
+def _as_rgb(picture: Image.Image, path: Path) -> Image.Image:
+    """RGB of a picture with a palette or an opaque alpha channel, which loses nothing."""
+    if picture.mode == "RGB":
+        return picture
+    picture = picture.convert("RGBA")
+    if picture.getextrema()[3][0] < 255:
+        raise ValueError(
+            f"{path} has transparent pixels, whose colour is open; flatten it onto white and save "
+            "it as RGB."
+        )
+    return picture.convert("RGB")
+
+
 def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
-    """Read an RGB image, scale its short side to `image_size` and cut the centre square.
+    """Read an image, scale its short side to `image_size` and cut the centre square.
 
     Parameters
     ----------
@@ -251,7 +262,8 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the file is missing, truncated, not an image, not 8-bit RGB, or too small.
+        If the file is missing, truncated, not an image, not 8-bit colour, transparent, or too
+        small.
     """
     path = Path(path)
     with _open(path) as picture:
@@ -261,6 +273,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
             raise ValueError(
                 f"{path} is truncated or damaged ({error}). Download or save it again."
             ) from None
+        picture = _as_rgb(picture, path)
         if image_size is None:
             return np.asarray(picture)
         box = _centre_box(*picture.size)

@@ -262,6 +262,35 @@ class Sampler:
             allowed &= ~self._border[rows]
         return allowed
 
+    def targets(self) -> np.ndarray:
+        """Rows of the pool that something may replace, (m,) int, at a cost linear in the pool.
+
+        Raises
+        ------
+        CompositeError
+            If there is none.
+        """
+        groups = np.arange(len(self.w))  # what is left out with a segment: itself at least
+        if self.exclude_own_image:
+            groups = len(self.w) + self._images
+        if self.exclude_own_patient:
+            known = self._patients >= 0
+            groups = np.where(known, 2 * len(self.w) + self._patients, groups)
+        found = []
+        for block in self._blocks.values():
+            _, own = np.unique(groups[block.rows], return_inverse=True)
+            left = block.free.sum() - np.bincount(own, weights=block.free)[own]
+            found.append(block.rows[left > 0])
+        rows = np.sort(np.concatenate(found))
+        if not len(rows):
+            raise CompositeError(
+                f"no segment of the pool may be replaced: of its {len(self.w)} segments in "
+                f"{len(self._blocks)} classes, {int(self._border.sum())} are cut by the border. "
+                f"Rules: {', '.join(self._rules()) or 'none'}; "
+                "add images or switch a rule off"
+            )
+        return rows
+
     def draw(self, target: int, rng: np.random.Generator) -> int:
         """Draw a replacement by Eq. 1 and raise its weight.
 
@@ -385,17 +414,16 @@ class Sampler:
             ~self._border[rows] if self.refuse_border else np.ones(len(rows), bool),
         )
 
+    def _rules(self) -> list[str]:
+        names = ("exclude_own_image", "exclude_own_patient", "refuse_border")
+        return [name for name in names if getattr(self, name)]
+
     def _why_none(self, target: int, n: int) -> str:
-        rules = [
-            name
-            for name in ("exclude_own_image", "exclude_own_patient", "refuse_border")
-            if getattr(self, name)
-        ]
         row = self.pool.table.iloc[target]
         return (
             f"no segment may replace segment {row['segment_id']} of image {row['image_id']!r}: "
             f"class {row['label']!r} has {n} segments and all are left out "
-            f"({', '.join(rules) or 'it is the only one'}); "
+            f"({', '.join(self._rules()) or 'it is the only one'}); "
             "add images of this class or switch a rule off"
         )
 

@@ -20,6 +20,7 @@ from torch.nn.functional import grid_sample
 from torchvision.transforms.functional import gaussian_blur
 
 __all__ = [
+    "LOBES",
     "affine_by_fit",
     "affine_from_boxes",
     "affine_from_moments",
@@ -33,11 +34,12 @@ __all__ = [
     "warp_masks",
 ]
 
+#: Lobes of the windowed sinc on either side: how far interpolation looks, in pixels.
+LOBES = 4
 #: Overlap that a mirror image has to gain before it is taken.
 _MIRROR_GAIN = 0.01
 _FIT_SIDE = 48  # pixels across the target, for the search of the best overlap
 _FIT_STEPS = 100  # evaluations of the overlap
-_LOBES = 4  # of the windowed sinc on either side
 _LEAST_BLUR = 0.25  # pixels; less moves no grey level
 
 
@@ -395,17 +397,17 @@ def _smoothed(x: torch.Tensor, affines: Sequence[np.ndarray] | np.ndarray) -> to
 def _lanczos(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Values of images (n, c, h, w) at positions (n, 2, H, W)."""
     (n, c, h, w), frame = x.shape, at.shape[-2:]
-    taps = torch.arange(1 - _LOBES, 1 + _LOBES, device=at.device)[:, None, None]
+    taps = torch.arange(1 - LOBES, 1 + LOBES, device=at.device)[:, None, None]
     first = at.floor()
     away = (at - first)[:, :, None] - taps  # (n, 2, taps, H, W)
-    weight = torch.sinc(away) * torch.sinc(away / _LOBES)
+    weight = torch.sinc(away) * torch.sinc(away / LOBES)
     weight = weight / weight.sum(2, keepdim=True)
     column = _mirrored(first[:, 0, None].long() + taps, w)
     row = _mirrored(first[:, 1, None].long() + taps, h) * w
     flat, out = x.flatten(2), x.new_zeros(n, c, *frame)
-    for j in range(2 * _LOBES):
+    for j in range(2 * LOBES):
         line = torch.zeros_like(out)
-        for i in range(2 * _LOBES):
+        for i in range(2 * LOBES):
             index = (row[:, j] + column[:, i]).reshape(n, 1, -1).expand(-1, c, -1)
             line += flat.gather(2, index).view_as(out) * weight[:, 0, i, None]
         out += line * weight[:, 1, j, None]

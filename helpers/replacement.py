@@ -18,6 +18,7 @@ import numpy as np
 
 from helpers.draws import CompositeError, Sampler, effective_sources
 from helpers.placement import (
+    LOBES,
     affine_by_fit,
     affine_from_boxes,
     affine_from_moments,
@@ -396,7 +397,7 @@ class _Work:
             return source_image, "none"
         box = np.s_[:, :]
         if self.options.gap == "inpaint":  # interpolation looks a few pixels beyond the mask
-            box = reach(source_mask, _IDENTITY, source_mask.shape, margin=8)
+            box = reach(source_mask, _IDENTITY, source_mask.shape, margin=2 * LOBES)
         donor = source_image.copy()
         donor[box] = apply_stain(source_image[box], self.stains[key], self.reference, method=method)
         return donor, method

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from helpers import phantom
+from helpers.phantom_architecture import ARCHITECTURES, GRADES, vary
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -25,14 +26,18 @@ LEVELS = 4
 def phantom_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarray, np.ndarray]:
     """Draw a tissue phantom of random organ, grade, stain, site and magnification.
 
+    Most have an architecture of their own (:func:`helpers.phantom_architecture.vary`), and some
+    lie at the edge of the tissue, with bare glass beside it.
+
     Returns
     -------
     image : (size, size, 3) uint8 ndarray
     levels : (LEVELS, size, size) uint8 ndarray
-        Label maps: glands, lumina, stroma; the last is empty.
+        Label maps: glands, lumina, stroma, bare glass.
     """
     organ = str(rng.choice(["colon", "prostate"], p=[0.65, 0.35]))
-    grade = str(rng.choice(phantom.GRADES[organ], p=[0.3, 0.3, 0.3, 0.1]))
+    grade = str(rng.choice(GRADES[organ], p=[0.3, 0.3, 0.3, 0.1]))
+    architecture = ARCHITECTURES[organ, grade]
     scene = phantom.render(
         int(rng.integers(1 << 30)),
         seed=int(rng.integers(1, 1 << 30)),
@@ -43,16 +48,37 @@ def phantom_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarr
         patient=int(rng.integers(1000)),
         stain="IHC" if rng.random() < 0.2 else "HE",
         microns_per_pixel=float(np.exp(rng.uniform(np.log(0.4), np.log(1.6)))),
+        architecture=vary(architecture, rng) if rng.random() < 0.7 else architecture,
     )
+    image, glass = scene.image, np.zeros((size, size), bool)
+    if rng.random() < 0.25:
+        image, glass = _bare_glass(rng, image)
     levels = np.zeros((LEVELS, size, size), np.uint8)
-    levels[0] = np.minimum(scene.glands, 255)
-    levels[1] = _components(scene.lumen)
-    levels[2] = _components(
-        cv2.morphologyEx(
-            (scene.glands == 0).astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
-        )
-    )
-    return scene.image, levels
+    stroma = ((scene.glands == 0) & ~glass).astype(np.uint8)
+    levels[0] = np.where(glass, 0, np.minimum(scene.glands, 255))
+    levels[1] = _components(scene.lumen & ~glass)
+    levels[2] = _components(cv2.morphologyEx(stroma, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)))
+    levels[3] = _components(glass)
+    return image, levels
+
+
+def _bare_glass(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take tissue away, so that light falls through bare glass; often a row of cells lines it."""
+    size = image.shape[0]
+    field = _noise(rng, size, rng.uniform(30, 120)) + 0.08 * _noise(rng, size, 6)
+    glass = field > np.quantile(field, rng.uniform(0.5, 0.95))
+    depth = cv2.distanceTransform((~glass).astype(np.uint8), cv2.DIST_L2, 5)
+    image = image.astype(np.float32)
+    if rng.random() < 0.5:
+        radius = rng.uniform(1.5, 4)
+        band = (depth > 0) & (depth < radius * rng.uniform(2, 6))
+        colour = np.array([rng.uniform(60, 130), rng.uniform(30, 90), rng.uniform(90, 160)])
+        _grains(rng, image, colour, int(9000 / radius), radius, band)
+    light = np.full(3, rng.uniform(228, 252)) + rng.normal(0, 3, 3)
+    light = light + rng.normal(0, rng.uniform(0.3, 2.5), image.shape)
+    clear = cv2.GaussianBlur(glass.astype(np.float32), (0, 0), rng.uniform(0.5, 1.5))[..., None]
+    image = image + clear * (light - image)
+    return np.clip(image, 0, 255).astype(np.uint8), glass
 
 
 def texture_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarray, np.ndarray]:

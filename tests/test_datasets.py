@@ -250,8 +250,6 @@ def test_small_images_are_enlarged_with_a_warning(folder):
     ("mode", "suffix", "message"),
     [
         ("L", "png", "mode L, which is greyscale"),
-        ("RGBA", "png", "mode RGBA, which is RGB with transparency; flatten"),
-        ("P", "png", "palette"),
         ("1", "png", "black and white"),
         ("CMYK", "jpg", "mode CMYK"),
         ("F", "tif", "floating point"),
@@ -262,6 +260,28 @@ def test_other_modes_than_rgb(folder, mode, suffix, message):
     with pytest.raises(ValueError, match=message) as error:
         datasets.load("folder", root=folder, image_size=32)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_palettes_and_opaque_alpha_lose_nothing(folder, mode):
+    path = save(folder / "tumour" / "exported.png", size=(40, 36))
+    with Image.open(path) as picture:
+        converted = picture.quantize(64) if mode == "P" else picture.convert("RGBA")
+    converted.save(path)
+    np.testing.assert_array_equal(datasets.read_image(path), converted.convert("RGB"))
+    data = datasets.load("folder", root=folder, image_size=32)
+    assert data.image("tumour__exported").shape == (32, 32, 3)
+
+
+def test_transparent_pixels_are_refused(folder):
+    path = save(folder / "tumour" / "hole.png", size=(40, 36))
+    with Image.open(path) as picture:
+        picture = picture.convert("RGBA")
+    picture.putpixel((3, 4), (0, 0, 0, 0))
+    picture.save(path)
+    data = datasets.load("folder", root=folder, image_size=32)
+    with pytest.raises(ValueError, match=r"hole\.png has transparent pixels"):
+        data.image("tumour__hole")
 
 
 def test_16_bit_grey(folder):

@@ -153,6 +153,32 @@ def test_who_may_be_drawn(own_image, own_patient, refuse_border):
             assert (q == -np.inf) == out
 
 
+@pytest.mark.parametrize("own_image", [True, False])
+@pytest.mark.parametrize("own_patient", [True, False])
+@pytest.mark.parametrize("refuse_border", [True, False])
+def test_targets_are_those_with_a_candidate(own_image, own_patient, refuse_border):
+    pool, _ = toy_pool(7, 2, border=True, classes=("a", "b", "c"))
+    pool.table.loc[pool.table["image_id"] == "im4", "patient"] = ""
+    sampler = Sampler(
+        pool, exclude_own_image=own_image, exclude_own_patient=own_patient,
+        refuse_border=refuse_border,
+    )  # fmt: skip
+    labels = pool.table["label"]
+    expected = [i for i in range(len(pool)) if sampler.allowed(i, pool.of_class(labels[i])).any()]
+    if expected:
+        np.testing.assert_array_equal(sampler.targets(), expected)
+    else:
+        with pytest.raises(CompositeError, match="may be replaced"):
+            sampler.targets()
+
+
+def test_a_pool_cut_by_the_border_says_so():
+    pool, _ = toy_pool(4, 3)
+    pool.table["border"] = True
+    with pytest.raises(CompositeError, match=r"12 are cut by the border.*own_image, refuse"):
+        Sampler(pool).targets()
+
+
 def test_unknown_patients_exclude_nothing():
     pool, _ = toy_pool(4, 3)
     pool.table["patient"] = ""

@@ -25,6 +25,16 @@ def test_scenes_have_objects_and_are_deterministic(draw):
     np.testing.assert_array_equal(image, again)
 
 
+def test_bare_glass_is_light_and_holds_no_tissue():
+    drawn = [phantom_scene(np.random.default_rng(i), 96) for i in range(24)]
+    edges = [(image, levels) for image, levels in drawn if levels[3].any()]
+    assert 2 <= len(edges) <= 14  # a quarter on average
+    for image, levels in edges:
+        glass = levels[3] > 0
+        assert not levels[:3, glass].any()
+        assert image[glass].mean() > 215 > image[~glass].mean()
+
+
 def test_texture_scenes_come_in_many_kinds():
     pictures = [texture_scene(np.random.default_rng(i), 96) for i in range(12)]
     assert all(image.std() > 1 for image, _ in pictures)
