@@ -310,7 +310,9 @@ def lines(
         axis.set_xscale("log")
     if logy:
         axis.set_yscale("log")
-    if len(curves) > 1:
+    if len(curves) > 4:  # there is hardly a corner that so many leave free
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif len(curves) > 1:
         axis.legend()
     return figure
 

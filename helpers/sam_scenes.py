@@ -282,7 +282,7 @@ def _components(mask, limit=255):
 
 
 def prepare(
-    folder: Path, n_scenes: int, *, seed: int, shard: int = 50, share: float = 0.65, first: int = 0
+    folder: Path, n_scenes: int, *, seed: int, shard: int = 50, share: float = 0.75, first: int = 0
 ) -> None:
     """Render scenes into shards of `shard`; shards that exist are left alone.
 
