@@ -326,7 +326,7 @@ def evaluate(sam, images, instances, *, rng: np.random.Generator, clicks_each: i
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training run.
+    """Settings of a training run, which ends at ``steps`` or ``minutes``, whichever comes first.
 
     ``start`` is a file of weights to go on from; without it the encoder starts from ImageNet, or,
     with ``pretrained=False``, at random. ``bf16`` pays on a GPU, and on a CPU only where it has

@@ -1,0 +1,90 @@
+"""Segments against annotated glands: anchors, single prompts, automatic masks, classical methods.
+
+``python -m tests.benchmarks.bench_segments`` prints two tables on a few phantoms;
+``--dataset glas --root PATH --every 3`` does so on every third image of a data set with masks,
+``--checkpoint`` takes other weights. Baselines get as many segments as the anchors have in the
+same image, in one run: classical ones, and SAM's automatic masks by the same network with the
+same number of prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from helpers import anchors, baselines, datasets, sam, train_sam
+
+
+def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and masks of every method, one after the other."""
+
+    def prompted(**settings):
+        return anchors.prompt(model, image, rng=np.random.default_rng(seed), **settings)
+
+    asked = prompted()
+    masks = anchors.anchors(asked).masks
+    n = max(1, len(masks))
+    yield "anchors", masks
+    yield "  merged from IoU 0.7", anchors.anchors(asked, iou_merge=0.7).masks
+    yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
+    yield "  30 x 15 prompts", anchors.anchors(prompted(n_segments=30, n_points=15)).masks
+    yield "single prompts", anchors.anchors(asked, clustered=False).masks
+    yield "automatic masks", baselines.automatic(model, image, n, n_prompts=len(asked.proposals))
+    yield "SLIC", baselines.slic_alone(image, n)
+    yield "SLIC, merged", baselines.slic_merged(image, n)
+    yield "Felzenszwalb", baselines.graph_based(image, n)
+
+
+def main(argv: list[str] | None = None) -> pd.DataFrame:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="phantom")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--every", type=int, default=24, help="take every n-th annotated image")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--checkpoint", default="small")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(argv)
+    model = sam.load_sam(options.checkpoint, device=options.device)
+    data = datasets.load(options.dataset, root=options.root, image_size=options.image_size)
+    annotated = [i for i in data.records["image_id"] if data.instances(i) is not None]
+    chosen = annotated[:: options.every]
+    if not chosen:
+        raise SystemExit(f"data set {options.dataset!r} has no annotated image to compare with")
+    images, truth = [data.image(i) for i in chosen], [data.instances(i) for i in chosen]
+    clicks = train_sam.evaluate(model, images, truth, rng=np.random.default_rng(0), clicks_each=2)
+    rows = [
+        {"method": name, **anchors.match_glands(masks, labels, min_area=0.002)}
+        for seed, (image, labels) in enumerate(zip(images, truth, strict=True))
+        for name, masks in methods(model, image, seed)
+    ]
+    table = _summary(pd.DataFrame(rows))
+    print(
+        f"{options.dataset}, {len(chosen)} images, {options.checkpoint}; two clicks a gland "
+        f"(n = {clicks['n']}): IoU of the best of three masks {clicks['oracle_iou']:.3f}, of the "
+        f"preferred one {clicks['picked_iou']:.3f}"
+    )
+    print(table.to_string(float_format="{:.3f}".format))
+    return table
+
+
+def _summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a method; glands weigh the same, images for coverage and number of segments."""
+    found = {}
+    for name, part in rows.groupby("method", sort=False):
+        weights = part["n"] / part["n"].sum()
+        found[name] = {
+            "mean best IoU": (part["mean_best_iou"] * weights).sum(),
+            "recall at 0.5": (part["recall_50"] * weights).sum(),
+            "tissue covered": part["coverage"].mean(),
+            "segments": part["n_segments"].mean(),
+            "glands": int(part["n"].sum()),
+        }
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
+if __name__ == "__main__":
+    main()
