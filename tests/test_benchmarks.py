@@ -1,0 +1,40 @@
+"""The benchmark that own images may be measured with; the others only print times."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from helpers import phantom
+from tests.benchmarks import bench_segments
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """Two phantoms with masks, as a table of images."""
+    rows = []
+    for i in range(2):
+        tissue = phantom.render(i, size=(64, 72), microns_per_pixel=3.0)
+        Image.fromarray(tissue.image).save(tmp_path / f"{i}.png")
+        Image.fromarray(tissue.glands.astype(np.uint8)).save(tmp_path / f"{i}_mask.png")
+        rows.append({"path": f"{i}.png", "label": "a", "split": "train", "mask": f"{i}_mask.png"})
+    pd.DataFrame(rows).to_csv(tmp_path / "images.csv", index=False)
+    return tmp_path
+
+
+def test_segments_are_measured_on_own_images(annotated, capsys):
+    table = bench_segments.main(
+        ["--dataset", "folder", "--root", str(annotated), "--every", "2", "--image-size", "64"]
+    )
+    assert "folder, 1 images" in capsys.readouterr().out
+    assert table.index[0] == "anchors" and len(table) == 9
+    assert table["recall at 0.5"].between(0, 1).all() and table["glands"].nunique() == 1
+    assert table.loc["SLIC", "segments"] == pytest.approx(table.loc["anchors", "segments"], abs=4)
+    assert table.loc["anchors", "mean best IoU"] > table.loc["Felzenszwalb", "mean best IoU"]
+
+
+def test_images_without_masks_are_refused(annotated):
+    rows = pd.read_csv(annotated / "images.csv").drop(columns="mask")
+    rows.to_csv(annotated / "images.csv", index=False)
+    with pytest.raises(SystemExit, match="'folder' has no annotated image"):
+        bench_segments.main(["--dataset", "folder", "--root", str(annotated), "--image-size", "64"])
