@@ -16,6 +16,8 @@ import os
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -842,7 +844,9 @@ def propose(
     outputs = mask_choice if mask_choice in ("best", "single") else "all"
     with _precision(sam, dtype):
         side = image_side(sam, embedding.features)
-    for start in tqdm(range(0, len(xy), batch), disable=not progress, desc="prompts"):
+
+    @torch.no_grad()
+    def answer(start: int) -> None:
         part = xy[start : start + batch]
         ones = torch.ones(1, len(part), 1).to(part)
         with _precision(sam, dtype):
@@ -853,6 +857,11 @@ def propose(
             logits, iou = _by_area(logits, iou, mask_choice, embedding, size)
         kept[start : start + batch] = logits[0, :, 0].float().cpu()
         scores[start : start + batch] = iou[0, :, 0].float().cpu()
+
+    starts = range(0, len(xy), batch)
+    done = _side_by_side(answer, starts, sam.device)
+    for _ in tqdm(done, total=len(starts), disable=not progress, desc="prompts"):
+        pass
     return Proposals(
         kept,
         scores.clamp(0, 1).numpy(),
@@ -860,6 +869,22 @@ def propose(
         embedding.original_size,
         size,
     )
+
+
+def _side_by_side(work: Callable[[int], None], items: Sequence[int], device: torch.device):
+    """Do `work` for every item; on a CPU several items at once, each on one thread.
+
+    The steps of a batch of prompts are too small for threads to share.
+    """
+    n = torch.get_num_threads()
+    if device.type != "cpu" or n == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, items)
+    finally:
+        torch.set_num_threads(n)
 
 
 def _by_area(logits, iou, choice, embedding, size):

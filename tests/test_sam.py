@@ -79,6 +79,30 @@ def test_trained_model_equals_predict_torch(small):
         assert (proposals.full(i) == masks[i, best[i]].numpy()).mean() > 0.9995
 
 
+def test_threads_change_nothing_and_are_given_back(random_sam, picture, monkeypatch):
+    points = np.random.default_rng(2).integers(0, 70, (11, 2))
+    embedding = embed(random_sam, picture)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 3, 3):
+            torch.set_num_threads(n)
+            found.append(propose(random_sam, embedding, points, points_per_batch=2))
+            assert torch.get_num_threads() == n
+        torch.testing.assert_close(found[0].padded, found[1].padded, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[1].padded, found[2].padded)
+
+        def broken(*_, **__):
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(sam, "decode", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            propose(random_sam, embedding, points, points_per_batch=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5, 11, 64])
 def test_the_batch_changes_nothing(random_sam, picture, batch):
     points = np.random.default_rng(2).integers(0, 70, (11, 2))
