@@ -264,8 +264,10 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [kernels, os.environ.get("JUPYTER_PATH")]))
     backend = "module://matplotlib_inline.backend_inline"
     fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
-    wait = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a busy machine
-    fixed |= {"OMP_WAIT_POLICY": wait, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    # Threads that wait spin for some microseconds, then sleep: see the Makefile.
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+    fixed |= {name: os.environ.get(name, value) for name, value in waiting.items()}
+    fixed["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     return {**os.environ, **fixed}
 
 
