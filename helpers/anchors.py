@@ -8,6 +8,7 @@ Identity vectors and clusters are computed on masks of low resolution; only anch
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -658,6 +659,34 @@ def match_glands(
         "n": len(best),
         "n_segments": len(masks),
     }
+
+
+def mean_match(matches: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average :func:`match_glands` over images.
+
+    Parameters
+    ----------
+    matches : sequence of mapping
+        One an image, not empty.
+
+    Returns
+    -------
+    dict
+        The same keys. ``mean_best_iou`` and ``recall_50`` weigh every gland the same (NaN without
+        glands), ``coverage`` and ``n_segments`` every image; ``n`` is the sum.
+    """
+    n = np.array([match["n"] for match in matches])
+    judged = [match for match in matches if match["n"]]  # without glands both are NaN
+    mean = {
+        key: float(np.average([match[key] for match in judged], weights=n[n > 0]))
+        if judged
+        else float("nan")
+        for key in ("mean_best_iou", "recall_50")
+    }
+    mean |= {
+        key: float(np.mean([match[key] for match in matches])) for key in ("coverage", "n_segments")
+    }
+    return {**mean, "n": int(n.sum())}
 
 
 def best_iou(masks: np.ndarray, instances: np.ndarray, *, min_area: float = 0.0) -> np.ndarray:

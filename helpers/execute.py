@@ -263,12 +263,11 @@ def _environment() -> dict[str, str]:
     kernels = str(Path(sys.prefix) / "share" / "jupyter")
     path = os.pathsep.join(filter(None, [kernels, os.environ.get("JUPYTER_PATH")]))
     backend = "module://matplotlib_inline.backend_inline"
-    fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
     # Threads that wait spin for some microseconds, then sleep: see the Makefile.
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
-    fixed |= {name: os.environ.get(name, value) for name, value in waiting.items()}
+    default = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+    fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
     fixed["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    return {**os.environ, **fixed}
+    return {**default, **os.environ, **fixed}
 
 
 def _failure(chapter: str, failed: Path, log: Path) -> str:

@@ -667,9 +667,8 @@ def _densities(canvas, rng, spec, size, darkness, ihc):
     haem, eosin = (
         np.where(tissue, own, rest) for own, rest in zip(cytoplasm, (haem, eosin), strict=True)
     )
-    eosin = eosin + 0.14 * np.exp(-(np.minimum(outside, 50) ** 2) / 1.1) * (outside > 0) * (
-        1 - cleft
-    )
+    rim = np.exp(-(np.minimum(outside, 50) ** 2) / 1.1)
+    eosin = eosin + 0.14 * rim * (outside > 0) * (1 - cleft)
     *content, debris = _lumen_content(canvas, rng, spec, glands, lumen)
     haem, eosin = (
         np.where(lumen, own, rest) for own, rest in zip(content, (haem, eosin), strict=True)

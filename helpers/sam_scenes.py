@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from helpers import phantom
-from helpers.phantom_architecture import ARCHITECTURES, GRADES, vary
+from helpers.phantom_architecture import ARCHITECTURES, vary
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -36,8 +36,7 @@ def phantom_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarr
         Label maps: glands, lumina, stroma, bare glass.
     """
     organ = str(rng.choice(["colon", "prostate"], p=[0.65, 0.35]))
-    grade = str(rng.choice(GRADES[organ], p=[0.3, 0.3, 0.3, 0.1]))
-    architecture = ARCHITECTURES[organ, grade]
+    grade = str(rng.choice(phantom.GRADES[organ], p=[0.3, 0.3, 0.3, 0.1]))
     scene = phantom.render(
         int(rng.integers(1 << 30)),
         seed=int(rng.integers(1, 1 << 30)),
@@ -48,7 +47,7 @@ def phantom_scene(rng: np.random.Generator, size: int = SCENE) -> tuple[np.ndarr
         patient=int(rng.integers(1000)),
         stain="IHC" if rng.random() < 0.2 else "HE",
         microns_per_pixel=float(np.exp(rng.uniform(np.log(0.4), np.log(1.6)))),
-        architecture=vary(architecture, rng) if rng.random() < 0.7 else architecture,
+        architecture=vary(ARCHITECTURES[organ, grade], rng) if rng.random() < 0.7 else None,
     )
     image, glass = scene.image, np.zeros((size, size), bool)
     if rng.random() < 0.25:
@@ -74,7 +73,7 @@ def _bare_glass(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray
         band = (depth > 0) & (depth < radius * rng.uniform(2, 6))
         colour = np.array([rng.uniform(60, 130), rng.uniform(30, 90), rng.uniform(90, 160)])
         _grains(rng, image, colour, int(9000 / radius), radius, band)
-    light = np.full(3, rng.uniform(228, 252)) + rng.normal(0, 3, 3)
+    light = rng.uniform(228, 252) + rng.normal(0, 3, 3)
     light = light + rng.normal(0, rng.uniform(0.3, 2.5), image.shape)
     clear = cv2.GaussianBlur(glass.astype(np.float32), (0, 0), rng.uniform(0.5, 1.5))[..., None]
     image = image + clear * (light - image)

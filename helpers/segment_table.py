@@ -32,6 +32,7 @@ __all__ = [
     "decode",
     "drop_duplicates",
     "load_coco",
+    "prefer_whole",
     "read_json",
     "rows_by_image",
     "save_coco",
@@ -180,6 +181,12 @@ def cut_by_border(masks: np.ndarray) -> np.ndarray:
     on_border = masks[:, [0, -1]].sum((1, 2)) + masks[:, :, [0, -1]].sum((1, 2))
     circumference = 2 * np.sqrt(np.pi * masks.sum((1, 2)))
     return on_border > BORDER_SHARE * circumference
+
+
+def prefer_whole(table: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` whose segment no border cuts; all of them where there is none."""
+    whole = rows[~table["border"].to_numpy(bool)[rows]]
+    return whole if len(whole) else rows
 
 
 def rows_by_image(table: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from helpers.anchors import (
     identity_vectors,
     iou_matrix,
     match_glands,
+    mean_match,
     prompt,
     segment,
     segmentation_map,
@@ -422,6 +423,19 @@ def test_match_by_hand():
     assert best_iou(mask, glands).tolist() == [0.5, 0.0]
     assert match_glands(mask, glands)["recall_50"] == 0.5
     assert best_iou(mask, glands, min_area=0.4).tolist() == [0.5]
+
+
+def test_matches_weigh_every_gland_the_same():
+    rows = [
+        {"mean_best_iou": 0.9, "recall_50": 1.0, "coverage": 0.5, "n": 1, "n_segments": 4},
+        {"mean_best_iou": 0.3, "recall_50": 0.0, "coverage": 0.7, "n": 3, "n_segments": 8},
+        {"mean_best_iou": np.nan, "recall_50": np.nan, "coverage": 0.0, "n": 0, "n_segments": 0},
+    ]
+    mean = mean_match(rows)
+    assert mean["mean_best_iou"] == pytest.approx((0.9 + 3 * 0.3) / 4)
+    assert mean["recall_50"] == 0.25 and mean["n"] == 4
+    assert mean["coverage"] == pytest.approx(0.4) and mean["n_segments"] == 4
+    assert np.isnan(mean_match(rows[2:])["mean_best_iou"])
 
 
 def test_match_without_glands_or_segments():

@@ -8,6 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from helpers import pool as pooling
+from helpers import segment_table
 from helpers.segment_table import (
     COLUMNS,
     collect,
@@ -24,6 +25,12 @@ from tests.toy_segments import H, W, disc, masks, records
 @pytest.fixture
 def segments():
     return collect(records(), masks())
+
+
+def test_whole_segments_are_preferred_where_there_are_any():
+    table = pd.DataFrame({"border": [True, False, True, False]})
+    assert segment_table.prefer_whole(table, np.array([3, 0, 1])).tolist() == [3, 1]
+    assert segment_table.prefer_whole(table, np.array([2, 0])).tolist() == [2, 0]
 
 
 def test_collect_measures_every_segment(segments):

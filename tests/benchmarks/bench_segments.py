@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -50,11 +51,12 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     options = parser.parse_args(argv)
     model = sam.load_sam(options.checkpoint, device=options.device)
     data = datasets.load(options.dataset, root=options.root, image_size=options.image_size)
-    annotated = [i for i in data.records["image_id"] if data.instances(i) is not None]
-    chosen = annotated[:: options.every]
+    every = ((i, data.instances(i)) for i in data.records["image_id"])
+    annotated = ((i, labels) for i, labels in every if labels is not None)
+    chosen = list(islice(annotated, 0, None, options.every))
     if not chosen:
         raise SystemExit(f"data set {options.dataset!r} has no annotated image to compare with")
-    images, truth = [data.image(i) for i in chosen], [data.instances(i) for i in chosen]
+    images, truth = [data.image(i) for i, _ in chosen], [labels for _, labels in chosen]
     clicks = train_sam.evaluate(model, images, truth, rng=np.random.default_rng(0), clicks_each=2)
     rows = [
         {"method": name, **anchors.match_glands(masks, labels, min_area=0.002)}
@@ -72,18 +74,20 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a method; glands weigh the same, images for coverage and number of segments."""
-    found = {}
-    for name, part in rows.groupby("method", sort=False):
-        weights = part["n"] / part["n"].sum()
-        found[name] = {
-            "mean best IoU": (part["mean_best_iou"] * weights).sum(),
-            "recall at 0.5": (part["recall_50"] * weights).sum(),
-            "tissue covered": part["coverage"].mean(),
-            "segments": part["n_segments"].mean(),
-            "glands": int(part["n"].sum()),
+    """One row a method."""
+    means = {
+        name: anchors.mean_match(part.to_dict("records"))
+        for name, part in rows.groupby("method", sort=False)
+    }
+    return pd.DataFrame.from_dict(means, orient="index").rename(
+        columns={
+            "mean_best_iou": "mean best IoU",
+            "recall_50": "recall at 0.5",
+            "coverage": "tissue covered",
+            "n_segments": "segments",
+            "n": "glands",
         }
-    return pd.DataFrame.from_dict(found, orient="index")
+    )
 
 
 if __name__ == "__main__":
