@@ -222,13 +222,18 @@ class Sampler:
         self._blocks = {c: self._block(pool, c) for c in pool.classes}
         self._fingerprint = int(zlib.crc32(np.ascontiguousarray(pool.features)))
 
-    def log_probabilities(self, target: int) -> tuple[np.ndarray, np.ndarray]:
+    def log_probabilities(
+        self, target: int, *, size_range: tuple[float, float] = (0.0, np.inf)
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Candidates for a target and their log-probabilities, in double precision.
 
         Parameters
         ----------
         target : int
             Row of the pool.
+        size_range : tuple of float
+            Candidates of another area, relative to that of the target, are left out, such as those
+            that could not be fitted (:func:`helpers.placement.size_range`).
 
         Returns
         -------
@@ -247,7 +252,7 @@ class Sampler:
             self.pool.features[target],
             block.features,
             self._weights(block),
-            allowed=self._allowed(target, block),
+            allowed=self._allowed(target, block, size_range),
         )
         return block.rows, log_p
 
@@ -291,7 +296,13 @@ class Sampler:
             )
         return rows
 
-    def draw(self, target: int, rng: np.random.Generator) -> int:
+    def draw(
+        self,
+        target: int,
+        rng: np.random.Generator,
+        *,
+        size_range: tuple[float, float] = (0.0, np.inf),
+    ) -> int:
         """Draw a replacement by Eq. 1 and raise its weight.
 
         Parameters
@@ -299,6 +310,8 @@ class Sampler:
         target : int
             Row of the pool.
         rng : numpy.random.Generator
+        size_range : tuple of float
+            As in :meth:`log_probabilities`.
 
         Returns
         -------
@@ -310,9 +323,9 @@ class Sampler:
         CompositeError
             If no segment may be drawn.
         """
-        row = self._draw_by_bounds(target, rng)
+        row = self._draw_by_bounds(target, rng, size_range)
         if row is None:  # distances so large that single precision says little
-            rows, log_p = self.log_probabilities(target)
+            rows, log_p = self.log_probabilities(target, size_range=size_range)
             row = int(rows[_invert(np.exp(log_p), rng)])
         self.w[row] += self.penalty
         self.counts[row] += 1
@@ -363,11 +376,13 @@ class Sampler:
 
     # inner parts
 
-    def _draw_by_bounds(self, target: int, rng: np.random.Generator) -> int | None:
+    def _draw_by_bounds(
+        self, target: int, rng: np.random.Generator, size_range: tuple[float, float]
+    ) -> int | None:
         """Rejection sampling from upper bounds of the probabilities; None if it does not pay."""
         block = self._blocks[self._labels[target]]
         f_t = self.pool.features[target]
-        allowed, w = self._allowed(target, block), self._weights(block)
+        allowed, w = self._allowed(target, block, size_range), self._weights(block)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             exponent = block.nearest_possible(f_t)
             exponent *= (w * -(1 - 8 * _ROUNDOFF)).astype(np.float32)
@@ -388,15 +403,19 @@ class Sampler:
                 return int(block.rows[at])
         return None
 
-    def _allowed(self, target: int, block: _Block) -> np.ndarray:
+    def _allowed(self, target: int, block: _Block, size_range: tuple[float, float]) -> np.ndarray:
         """As :meth:`allowed` for all rows of a block; an error if none is left."""
         allowed = block.images != self._images[target] if self.exclude_own_image else True
         if self.exclude_own_patient and self._patients[target] >= 0:
             allowed &= block.patients != self._patients[target]
         allowed = allowed & block.free
-        allowed[np.searchsorted(block.rows, target)] = False
+        own = np.searchsorted(block.rows, target)
+        allowed[own] = False
+        if size_range != (0, np.inf):
+            low, high = np.asarray(size_range) * block.areas[own]
+            allowed &= (block.areas >= low) & (block.areas <= high)
         if not allowed.any():
-            raise CompositeError(self._why_none(target, len(block.rows)))
+            raise CompositeError(self._why_none(target, len(block.rows), size_range))
         return allowed
 
     def _weights(self, block: _Block) -> np.ndarray:
@@ -412,18 +431,22 @@ class Sampler:
             self._images[rows],
             self._patients[rows],
             ~self._border[rows] if self.refuse_border else np.ones(len(rows), bool),
+            pool.table["area"].to_numpy(float)[rows],
         )
 
     def _rules(self) -> list[str]:
         names = ("exclude_own_image", "exclude_own_patient", "refuse_border")
         return [name for name in names if getattr(self, name)]
 
-    def _why_none(self, target: int, n: int) -> str:
+    def _why_none(self, target: int, n: int, size_range: tuple[float, float]) -> str:
         row = self.pool.table.iloc[target]
+        rules = self._rules()
+        if size_range != (0, np.inf):
+            rules.append("an area of {:.2g} to {:.2g} times its own".format(*size_range))
         return (
             f"no segment may replace segment {row['segment_id']} of image {row['image_id']!r}: "
             f"class {row['label']!r} has {n} segments and all are left out "
-            f"({', '.join(self._rules()) or 'it is the only one'}); "
+            f"({', '.join(rules) or 'it is the only one'}); "
             "add images of this class or switch a rule off"
         )
 
@@ -438,6 +461,7 @@ class _Block:
     images: np.ndarray
     patients: np.ndarray
     free: np.ndarray  # not cut by the border, or the border does not matter
+    areas: np.ndarray
 
     def nearest_possible(self, f_t: np.ndarray) -> np.ndarray:
         r"""Lower bounds of the distances to `f_t`, (n,) float32, by one matrix-vector product.

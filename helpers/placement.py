@@ -28,6 +28,7 @@ __all__ = [
     "iou",
     "moments",
     "reach",
+    "size_range",
     "warp_image",
     "warp_images",
     "warp_mask",
@@ -171,7 +172,8 @@ def affine_by_fit(
     Moments describe an ellipse; where a segment is none, a shift or turn overlaps more. Position,
     turn, size and stretch are improved by the simplex method [nelder]_ on small pictures of both
     masks; the limits of :func:`affine_from_moments` hold throughout, and what it gives is kept
-    where nothing better is found.
+    where nothing better is found. What the source covers beyond the image counts for nothing, so
+    that a whole segment in the place of one that the border cuts is cut by it, too.
 
     Parameters, returns and errors as :func:`affine_from_moments`.
 
@@ -186,12 +188,15 @@ def affine_by_fit(
     small_target, to_small = _small(target_mask, margin=0.25)
     small_source, from_source = _small(source_mask, margin=0.02)
     from_small = cv2.invertAffineTransform(from_source)
+    frame = cv2.warpAffine(
+        np.ones(target_mask.shape, np.float32), to_small, small_target.shape[::-1]
+    )
     radius = np.sqrt(np.count_nonzero(target_mask) / np.pi)
     vary = _variations(start, moments(target_mask)[0], radius, scale_limits, stretch_limit)
 
     def loss(parameters: np.ndarray) -> float:
         affine = _chain(to_small, vary(parameters), from_small)
-        moved = cv2.warpAffine(small_source, affine, small_target.shape[::-1])
+        moved = frame * cv2.warpAffine(small_source, affine, small_target.shape[::-1])
         shared = np.minimum(moved, small_target).sum()
         return -float(shared / (moved.sum() + small_target.sum() - shared))
 
@@ -205,6 +210,28 @@ def affine_by_fit(
     both = [start, vary(found.x)]
     warped = warp_masks([source_mask] * 2, both, target_mask.shape)
     return both[int(iou(warped[1], target_mask) > iou(warped[0], target_mask))]
+
+
+def size_range(scale_limits: tuple[float, float], min_fit: float) -> tuple[float, float]:
+    """Areas of sources, relative to the target, with which an overlap is within reach.
+
+    The IoU of two masks is at most the ratio of the smaller area to the larger one, and the scales
+    bound what area a source can take.
+
+    Parameters
+    ----------
+    scale_limits : tuple of float
+        As in :func:`affine_from_moments`.
+    min_fit : float
+        The IoU wanted, in [0, 1].
+
+    Returns
+    -------
+    low, high : float
+        (0, inf) if `min_fit` is 0. The upper bound is that of a source that lies in the image.
+    """
+    low, high = scale_limits
+    return min_fit / high**2, 1 / (min_fit * low**2) if min_fit else np.inf
 
 
 def _variations(affine, centre, radius, limits, stretch):

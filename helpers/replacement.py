@@ -25,6 +25,7 @@ from helpers.placement import (
     axis_scales,
     iou,
     reach,
+    size_range,
     warp_image,
     warp_mask,
 )
@@ -244,7 +245,8 @@ def compose(
         Share of a target that may be new already.
     min_fit : float
         Smallest IoU of the pasted segment with its target; what fits worse is taken back, since
-        most of the target would have to be invented.
+        most of the target would have to be invented. Candidates too small or too large for it
+        within the limits of scale are not drawn at all.
     tries : int
         Draws for a target before it is passed over. Draws until one fits are draws by Eq. 1 among
         the candidates that fit.
@@ -275,19 +277,31 @@ def compose(
         stretch_limit=stretch_limit,
     )
     options = _Options(
-        place, stain, band, fill, gap, feather, area_range[1], max_overlap, min_fit, tries
+        place,
+        stain,
+        band,
+        fill,
+        gap,
+        feather,
+        area_range[1],
+        max_overlap,
+        min_fit,
+        size_range(scale_limits, min_fit),
+        tries,
     )
     work = _Work(image, options, {} if stains is None else stains)
+    without = []  # why nothing may replace a target
     for target in rng.permutation(targets):
         try:
             work.replace(pool, int(target), sampler, get_image, rng)
-        except CompositeError:
-            work.undo(sampler)
-            raise
+        except CompositeError as error:
+            without.append(error)
         if work.replacements and work.ratio >= area_range[0]:
             label = str(pool.table["label"].iat[int(targets[0])])
             return work.finish(target_image_id, label)
     work.undo(sampler)
+    if len(without) == len(targets):
+        raise without[0]
     raise CompositeError(
         f"image {target_image_id!r}: {len(work.replacements)} of {len(targets)} segments were "
         f"replaced and {work.ratio:.2f} of the image is new, outside [{area_range[0]}, "
@@ -311,6 +325,7 @@ class _Options:
     area_max: float
     max_overlap: float
     min_fit: float
+    sizes: tuple[float, float]
     tries: int
 
 
@@ -343,8 +358,11 @@ class _Work:
         full = _share(new | target_mask) > self.options.area_max
         if overlap > self.options.max_overlap or full:
             return False
+        low, high = self.options.sizes
+        if pool.table["border"].iat[target]:  # a larger source may go on beyond the border
+            high = np.inf
         for _ in range(self.options.tries):
-            source = sampler.draw(target, rng)
+            source = sampler.draw(target, rng, size_range=(low, high))
             if self._put(pool, target, target_mask, source, get_image):
                 return True
             sampler.undo(source)

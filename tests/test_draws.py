@@ -88,14 +88,25 @@ def test_probability_errors(f_t, f_j, w, allowed, message):
         draws.draw_log_probabilities(f_t, f_j, w, allowed=allowed)
 
 
-def test_draws_have_the_probabilities_of_eq_1():
+@pytest.mark.parametrize("size_range", [(0, np.inf), (0.7, 1.4), (0, 1), (0.9, np.inf)])
+def test_draws_have_the_probabilities_of_eq_1(size_range):
     pool, _ = toy_pool(p=2)
     sampler = Sampler(pool, penalty=0)
-    rows, log_p = sampler.log_probabilities(0)
+    rows, log_p = sampler.log_probabilities(0, size_range=size_range)
+    relative = pool.table["area"].to_numpy()[rows] / pool.table["area"].iat[0]
+    expected = sampler.allowed(0, rows) & (relative >= size_range[0]) & (relative <= size_range[1])
+    possible = np.isfinite(log_p)
+    np.testing.assert_array_equal(possible, expected)
+    assert possible.sum() > 1
+    np.testing.assert_allclose(
+        log_p[possible],
+        exact(pool.features[0], pool.features[rows[possible]], np.ones(possible.sum())),
+        atol=1e-9,
+    )
     rng = np.random.default_rng(0)
     n = 10_000
-    drawn = np.bincount([sampler.draw(0, rng) for _ in range(n)], minlength=len(pool))[rows]
-    possible = np.isfinite(log_p)
+    drawn = [sampler.draw(0, rng, size_range=size_range) for _ in range(n)]
+    drawn = np.bincount(drawn, minlength=len(pool))[rows]
     assert (drawn[~possible] == 0).all()
     expected = n * np.exp(log_p[possible])
     assert stats.chisquare(drawn[possible], expected * n / expected.sum()).pvalue > 1e-3
@@ -229,6 +240,9 @@ def test_nobody_left_is_a_clear_error():
         sampler.draw(0, np.random.default_rng(0))
     with pytest.raises(CompositeError, match="'im0'"):
         rep.compose(images["im0"], "im0", pool, sampler, images.get, rng=np.random.default_rng(0))
+    with pytest.raises(CompositeError, match="an area of 90 to inf times its own"):
+        sampler = Sampler(pool, exclude_own_image=False)
+        sampler.draw(0, np.random.default_rng(0), size_range=(90, np.inf))
     assert Sampler(pool, exclude_own_image=False).draw(0, np.random.default_rng(0)) in (1, 2)
     with pytest.raises(ValueError, match="cannot be compared"):
         Sampler(pool, same_class=False)
@@ -311,7 +325,9 @@ def test_a_draw_that_single_precision_cannot_tell_falls_back_to_the_formula(monk
     f = np.random.default_rng(0).normal(size=(20, 3)) * 1e12
     sampler, calls = sampler_of(f), []
     whole = sampler.log_probabilities
-    monkeypatch.setattr(sampler, "log_probabilities", lambda t: calls.append(t) or whole(t))
+    monkeypatch.setattr(
+        sampler, "log_probabilities", lambda t, **options: calls.append(t) or whole(t, **options)
+    )
     rows, log_p = whole(0)
     assert sampler.draw(0, np.random.default_rng(0)) == rows[log_p.argmax()]
     small = sampler_of(f / 1e12)

@@ -310,6 +310,42 @@ def test_fit_overlaps_more_where_moments_are_drawn_away():
     assert overlaps[1] > overlaps[0] + 0.03
 
 
+@pytest.mark.parametrize(
+    ("centre", "shape"), [((0, 70), (150, 190)), ((130, 0), (140, 190)), ((189, 149), (150, 190))]
+)
+def test_a_whole_segment_hangs_over_the_border_that_cuts_its_target(centre, shape):
+    """Half or a quarter of a disc: a whole one covers it, centred on the border.
+
+    By moments its centre would lie on that of the half, 14 pixels inside.
+    """
+    source = ellipse(100, 80, 34, 34, 0, (160, 200))
+    target = ellipse(*centre, 34, 34, 0, shape)
+    affine = place.affine_by_fit(source, target, scale_limits=(0.9, 1.1), stretch_limit=1.1)
+    np.testing.assert_allclose(affine @ [100, 80, 1], centre, atol=5)
+    assert place.iou(place.warp_mask(source, affine, shape), target) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_source_beyond_the_range_of_sizes_can_fit(seed):
+    rng = np.random.default_rng(seed)
+    limits, wanted = (0.8, 1.2), 0.6
+    low, high = place.size_range(limits, wanted)
+    target = ellipse(100, 80, 24, 20, 30)
+    inside = []
+    for size in np.linspace(0.5, 1.8, 14):
+        source = ellipse(*rng.uniform(80, 120, 2), 24 * size, 20 * size, rng.uniform(0, 180))
+        affine = place.affine_by_fit(source, target, scale_limits=limits)
+        fits = place.iou(place.warp_mask(source, affine, target.shape), target) >= wanted
+        ratio = source.sum() / target.sum()
+        inside.append(0.97 * low <= ratio <= 1.03 * high)  # the outline is a row of pixels
+        assert inside[-1] or not fits
+    assert 0 < sum(inside) < len(inside)
+    assert place.size_range(limits, 0.0) == (0.0, np.inf)
+    # The bounds are sharp: a source of the same shape at the bound just fits.
+    assert low * limits[1] ** 2 == pytest.approx(wanted)
+    assert 1 / (high * limits[0] ** 2) == pytest.approx(wanted)
+
+
 def test_the_small_picture_lies_where_its_transform_says():
     mask = ellipse(120, 70, 40, 22, 20)
     small, affine = place._small(mask, margin=0.25)

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from helpers import pool as pooling
 from helpers import replacement as rep
-from helpers.placement import affine_from_moments, warp_image, warp_mask
+from helpers.placement import affine_from_moments, size_range, warp_image, warp_mask
 from helpers.replacement import CompositeError, Sampler
 from helpers.segment_table import collect
 from tests.test_placement import egg, ellipse
@@ -234,6 +234,44 @@ def test_misfits_are_taken_back():
         rep.compose(images["im0"], "im0", pool, whole, images.__getitem__, stain="none",
                     rng=np.random.default_rng(0), min_fit=1.0)  # fmt: skip
     assert whole.counts.sum() == 0 and (whole.w == 1).all()
+
+
+def test_only_sources_that_can_fit_are_drawn(monkeypatch):
+    pool, images = toy_pool(12, 7)
+    areas, drawn = pool.table["area"].to_numpy(), []
+    draw = Sampler.draw
+
+    def watched(self, target, rng, *, size_range):
+        row = draw(self, target, rng, size_range=size_range)
+        drawn.append((areas[row] / areas[target], self.pool.table["border"].iat[target]))
+        return row
+
+    monkeypatch.setattr(Sampler, "draw", watched)
+    pool.table["border"] = np.arange(len(pool)) % 2 == 0
+    limits, wanted = (0.95, 1.05), 0.8
+    low, high = size_range(limits, wanted)
+    for k in range(6):  # so much new area is out of reach: all targets are tried
+        with pytest.raises(CompositeError, match="of 7 segments were replaced"):
+            rep.compose(
+                images[f"im{k}"], f"im{k}", pool, Sampler(pool, refuse_border=False),
+                images.__getitem__, stain="none", rng=np.random.default_rng(k),
+                scale_limits=limits, min_fit=wanted, area_range=(0.9, 1.0),
+            )  # fmt: skip
+    ratio, cut = np.array(drawn).T
+    assert (ratio >= low).all() and (ratio[cut == 0] <= high).all()
+    assert (ratio[cut == 1] > high).any()  # what is larger may go on beyond the border
+
+
+def test_a_target_without_a_source_is_passed_over():
+    pool, images = toy_pool(4, 5)
+    alone = pool.of_image("im0")[2]
+    pool.table.loc[alone, "area"] = 10**9
+    for seed in range(6):
+        composite = rep.compose(
+            images["im0"], "im0", pool, Sampler(pool), images.__getitem__, stain="none",
+            rng=np.random.default_rng(seed), min_fit=0.3, area_range=(0.1, 1.0),
+        )  # fmt: skip
+        assert alone not in {done["target_row"] for done in composite.replacements}
 
 
 def test_compose_errors():
