@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,6 +48,7 @@ from helpers.latent_scenes import (
     turn,
 )
 from helpers.sam import resolve_device
+from helpers.training import Trainer, digest
 
 __all__ = [
     "AutoencoderRecipe",
@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 _SECOND_ROUND = "## Second round of the decoder"
+_ADAMW = {"betas": (0.9, 0.99), "weight_decay": 1e-3}
 
 
 def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +96,7 @@ class AutoencoderRecipe:
     kl: float = 1e-4
     jitter: float = 0.5
     warmup: int = 200
+    decay_from: float = 0.5
     ema: float = 0.998
     bf16: bool = False
 
@@ -120,6 +122,7 @@ class DecoderRecipe:
     t_max: int = 200
     jitter: float = 0.3
     warmup: int = 50
+    decay_from: float = 0.5
     ema: float = 0.998
     bf16: bool = False
 
@@ -139,6 +142,7 @@ class UNetRecipe:
     textures: float = 0.15
     rate: float = 5e-4
     warmup: int = 200
+    decay_from: float = 0.5
     ema: float = 0.9995
     jitter: float = 0.15
     views: int = 2
@@ -147,164 +151,10 @@ class UNetRecipe:
     bf16: bool = False
 
 
-def _rate(progress: float, step: int, warmup: int) -> float:
-    """Learning rate, relative: linear warm-up, constant half, then cosine to 1 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    x = max(0.0, (progress - 0.5) / 0.5)
-    return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * min(x, 1.0))))
-
-
 # --- training -------------------------------------------------------------------------------------
 
 
-class _Trainer:
-    """What both trainings share: optimiser, average of the weights, curve, checkpoints."""
-
-    kind: str
-    keep: tuple[str, ...] = ()
-
-    def __init__(
-        self, recipe: Any, model: nn.Module, scenes: Scenes | None, device: str | torch.device
-    ) -> None:
-        self.recipe, self.scenes, self.device = recipe, scenes, resolve_device(device)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.model.train().requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
-        )
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16)
-
-    def progress(self) -> float:
-        """Share of the run that is done, by steps or by time, whichever is further."""
-        by_time = self.seconds / 60 / self.recipe.minutes if self.recipe.minutes else 0.0
-        return max(self.step / self.recipe.steps, by_time)
-
-    def loss(self) -> dict[str, torch.Tensor]:
-        """Draw a batch and return its losses; "loss" is minimised."""
-        raise NotImplementedError
-
-    def advance(self) -> dict[str, float]:
-        """Take one step of the optimiser."""
-        start = time.perf_counter()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate * _rate(self.progress(), self.step, self.recipe.warmup)
-        losses = self.loss()
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"the {self.kind} loss is {float(losses['loss'].detach())} at step {self.step}: "
-                "lower the learning rate and start from the last checkpoint"
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.step += 1
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            mine = self.model.state_dict()
-            torch._foreach_lerp_(
-                list(self.average.values()), [mine[k] for k in self.average], 1 - decay
-            )
-        self.seconds += time.perf_counter() - start
-        return {key: float(value.detach()) for key, value in losses.items()}
-
-    def evaluate(self) -> dict[str, float]:
-        """Score of the averaged weights on held-out images."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on later."""
-        return {
-            "kind": self.kind, "model": self.model.state_dict(), "average": self.average,
-            "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
-            "curve": self.curve, "generator": self.generator.get_state(),
-            "recipe": json.dumps(asdict(self.recipe)), **{k: getattr(self, k) for k in self.keep},
-        }  # fmt: skip
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, atomically."""
-        temporary = Path(path).with_suffix(".tmp")
-        torch.save(self.state(), temporary)
-        temporary.replace(path)
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint that :meth:`save` wrote."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state.get("kind") != self.kind:
-            raise ValueError(
-                f"{path} is no checkpoint of the {self.kind}: remove it or name another"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
-        self.curve = state["curve"]
-        self.generator.set_state(state["generator"].cpu())
-        for key in self.keep:
-            setattr(self, key, state[key])
-
-    def run(
-        self, *, checkpoint: Path | None = None, export: Callable[[_Trainer], None] | None = None,
-        every: int = 100, score_every: int = 1000, progress: bool = False,
-        log: Callable[[str], None] | None = print,
-    ) -> _Trainer:  # fmt: skip
-        """Train to the end of the recipe, from `checkpoint` where it exists.
-
-        Parameters
-        ----------
-        checkpoint : Path, optional
-            Written every `score_every` steps and read at the start.
-        export : callable, optional
-            Called with the trainer after each scoring.
-        every, score_every : int
-            Steps between entries of the curve, and between scores on held-out images.
-        progress : bool
-            Show a progress bar.
-        log : callable, optional
-            Receives one line of JSON an entry.
-        """
-        from tqdm import tqdm
-
-        if checkpoint is not None and Path(checkpoint).exists():
-            self.resume(Path(checkpoint))
-        sums: dict[str, list[float]] = {}
-        with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
-                  desc=self.kind) as bar:  # fmt: skip
-            while self.progress() < 1:
-                for key, value in self.advance().items():
-                    sums.setdefault(key, []).append(value)
-                bar.update()
-                last = self.progress() >= 1
-                if self.step % every and not last:
-                    continue
-                entry: dict[str, float] = {
-                    "step": self.step,
-                    "minutes": round(self.seconds / 60, 3),
-                }
-                entry |= {key: round(float(np.mean(v)), 5) for key, v in sums.items()}
-                sums = {}
-                if self.step % score_every == 0 or last:
-                    entry |= {k: round(v, 4) for k, v in self.evaluate().items()}
-                self.curve.append(entry)
-                if log:
-                    log(json.dumps(entry))
-                if self.step % score_every == 0 or last:
-                    if self.scenes is not None:
-                        self.scenes.refresh()
-                    if checkpoint is not None:
-                        self.save(Path(checkpoint))
-                    if export:
-                        export(self)
-        return self
-
-
-class AutoencoderTrainer(_Trainer):
+class AutoencoderTrainer(Trainer):
     """First stage: L1 on pixels and on their differences, and a very small KL term."""
 
     kind = "autoencoder"
@@ -321,8 +171,8 @@ class AutoencoderTrainer(_Trainer):
             "latent_channels": recipe.latent_channels,
             "image_patch": recipe.image_patch,
         }
-        super().__init__(recipe, build_autoencoder(**build), scenes, device)
-        self.build, self.test = build, test
+        super().__init__(recipe, build_autoencoder(**build), device, **_ADAMW)
+        self.build, self.scenes, self.test = build, scenes, test
         self.shift, self.scale = 0.0, 1.0
 
     def loss(self) -> dict[str, torch.Tensor]:
@@ -331,7 +181,7 @@ class AutoencoderTrainer(_Trainer):
         x = random_crops(
             self.scenes, batch=r.batch, crop=r.crop, jitter=r.jitter, generator=self.generator
         ).to(self.device)
-        with self._autocast():
+        with self.autocast():
             moments = self.model._encode(F.pixel_unshuffle(x, r.image_patch))
             mean, logvar = moments.float().chunk(2, dim=1)
             logvar = logvar.clamp(-20, 5)
@@ -404,7 +254,7 @@ class Discriminator(nn.Module):
         return self.features(x)[-1]
 
 
-class DecoderTrainer(_Trainer):
+class DecoderTrainer(Trainer):
     """Second round of the decoder: sharper pictures, also from latents that are a little smooth.
 
     Trained on pixel errors alone, a decoder answers doubt with the mean, which is smooth. Here a
@@ -438,15 +288,13 @@ class DecoderTrainer(_Trainer):
             )
         self.latents = model.to(resolve_device(device))
         autoencoder = model.autoencoder
-        super().__init__(
-            recipe, nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]), scenes,
-            device,
-        )  # fmt: skip
+        parts = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
+        super().__init__(recipe, parts, device, **_ADAMW)
         self.discriminator = Discriminator().to(self.device, memory_format=torch.channels_last)
         self.judge = torch.optim.AdamW(
             self.discriminator.parameters(), lr=recipe.judge_rate, betas=(0.5, 0.9)
         )
-        self.test = test
+        self.scenes, self.test = scenes, test
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on later, the discriminator included."""
@@ -456,17 +304,16 @@ class DecoderTrainer(_Trainer):
             "judge": self.judge.state_dict(),
         }
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint that :meth:`save` wrote."""
-        super().resume(path)
-        state = torch.load(path, map_location=self.device, weights_only=True)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        super().restore(state)
         self.discriminator.load_state_dict(state["discriminator"])
         self.judge.load_state_dict(state["judge"])
 
     def _latents(self, x: torch.Tensor) -> torch.Tensor:
         """Latents of images, a share of them noised and denoised."""
         r, model, g = self.recipe, self.latents, self.generator
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             z = model.encode(x)
             n = int((torch.rand(len(z), generator=g) < r.smoothed).sum())
             if n:
@@ -484,7 +331,7 @@ class DecoderTrainer(_Trainer):
             self.scenes, batch=r.batch, crop=r.crop, jitter=r.jitter, generator=self.generator
         ).to(self.device)
         z = self._latents(x)
-        with self._autocast():
+        with self.autocast():
             out = self.latents.decode(z)
         verdicts = [self.discriminator(y) for y in (x, out.detach())]
         hinge = F.relu(1 - verdicts[0]).mean() + F.relu(1 + verdicts[1]).mean()
@@ -542,7 +389,7 @@ class DecoderTrainer(_Trainer):
         _add_to_card(self, Path(path), command)
 
 
-class UNetTrainer(_Trainer):
+class UNetTrainer(Trainer):
     """Noise network: denoising score matching (Eq. 4) on the latents of the first stage.
 
     Parameters
@@ -573,7 +420,7 @@ class UNetTrainer(_Trainer):
         if recipe.start:
             given = load_latent_diffusion(recipe.start).unet
             unet.load_state_dict(given.state_dict())
-        super().__init__(recipe, unet, None, device)
+        super().__init__(recipe, unet, device, **_ADAMW)
         self.first_stage, self.z, self.test = first_stage.to(self.device), z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
 
@@ -581,7 +428,7 @@ class UNetTrainer(_Trainer):
         p = self.recipe.latent_patch
 
         def network(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with self._autocast():
+            with self.autocast():
                 folded = F.pixel_unshuffle(z, p) if p > 1 else z
                 out = model(folded.contiguous(memory_format=torch.channels_last), t).sample
             return F.pixel_shuffle(out.float(), p) if p > 1 else out.float()
@@ -685,18 +532,17 @@ def _roughness(image: np.ndarray) -> float:
     return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
-def _write_log(trainer: _Trainer, path: Path) -> None:
+def _write_log(trainer: Trainer, path: Path) -> None:
     last = next((e for e in reversed(trainer.curve) if set(e) - {"step", "minutes", "loss"}), {})
     log = {"recipe": asdict(trainer.recipe), "curve": trainer.curve, "held_out": last}
     path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_card(trainer: _Trainer, path: Path, command: str) -> None:
+def _write_card(trainer: Trainer, path: Path, command: str) -> None:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
     parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
     size = path.stat().st_size / 1e6
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if trainer.kind == "autoencoder":
         what = "First stage of the small latent diffusion model: `diffusers.AutoencoderKL`."
         factor = r.image_patch * 2 ** (len(r.channels) - 1)
@@ -735,20 +581,19 @@ quarter IHC) and {seen}; no real tissue |
 | steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on one CPU core |
 | held-out score | {score} |
 | licence | MIT, as the code of this repository |
-| SHA-256 | `{digest}` |
+| SHA-256 | `{digest(path)}` |
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """, encoding="utf-8")  # fmt: skip
 
 
-def _add_to_card(trainer: _Trainer, path: Path, command: str) -> None:
+def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
     """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
     r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
     card = path.with_suffix(".md")
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
     before = before.split(_SECOND_ROUND)[0].rstrip()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest}`", before)
+    before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest(path)}`", before)
     card.write_text(f"""{before}
 
 {_SECOND_ROUND}
@@ -835,7 +680,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scenes = Scenes(o.images or o.work / "scenes")
     command = f"python -m helpers.train_latent {o.what}"
     if o.what == "autoencoder":
-        trainer: _Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
+        trainer: Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
         path = o.weights or AUTOENCODER_WEIGHTS
     elif o.what == "decoder":
         trainer = DecoderTrainer(

@@ -12,13 +12,12 @@ valid masks for one click, corrective clicks with the former mask as input.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -28,7 +27,8 @@ from skimage import measure
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode, load_sam, resolve_device
+from helpers import training
+from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
 
 #: Targets a click can have at most; the decoder has three outputs for an ambiguous prompt.
@@ -367,57 +367,67 @@ def load_imagenet(body: nn.Module) -> None:
     body.load_state_dict({key: renamed[key] for key in body.state_dict()})
 
 
-def _rate(progress: float, step: int, recipe: Recipe) -> float:
-    """Warm-up, constant, then cosine decay to 2 %."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    if progress < recipe.decay_from:
-        return 1.0
-    x = (progress - recipe.decay_from) / (1 - recipe.decay_from)
-    return 0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * min(x, 1.0))))
+class Trainer(training.Trainer):
+    """One run: the small SAM, its encoder at a lower learning rate.
 
+    Parameters
+    ----------
+    recipe : Recipe
+    scenes : Scenes
+    test : tuple of list, optional
+        Held-out images and their instances, as of :func:`helpers.sam_scenes.held_out`.
+    device : str or torch.device
+        "auto" takes a GPU where there is one.
+    """
 
-class Trainer:
-    """State of a run: model, average, optimiser, random generator, curve."""
+    kind = "sam"
+    keep = ("rng_state",)
 
     def __init__(
-        self, recipe: Recipe, scenes: Scenes, *, device: str | torch.device = "cpu"
+        self,
+        recipe: Recipe,
+        scenes: Scenes,
+        *,
+        test: tuple | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.scenes, self.device = recipe, scenes, resolve_device(device)
         self.rng = np.random.default_rng([recipe.seed, 1])
-        self.model = Trainee(recipe.image_size, recipe.dim)
+        model = Trainee(recipe.image_size, recipe.dim)
         if recipe.start:
             given = load_sam(recipe.start, image_size=recipe.image_size)
-            self.model.sam.load_state_dict(given.state_dict())
+            model.sam.load_state_dict(given.state_dict())
         elif recipe.pretrained:
-            load_imagenet(self.model.sam.image_encoder.body)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.model.train()
-        self.model.sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
-        body = list(self.model.sam.image_encoder.body.parameters())
+            load_imagenet(model.sam.image_encoder.body)
+        body = list(model.sam.image_encoder.body.parameters())
         known = {id(q) for q in body}
-        rest = [q for q in self.model.parameters() if id(q) not in known]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": rest, "lr": recipe.rate, "base": recipe.rate},
-                {"params": body, "lr": recipe.body_rate, "base": recipe.body_rate},
+        rest = [q for q in model.parameters() if id(q) not in known]
+        super().__init__(
+            recipe,
+            model,
+            device,
+            averaged=model.sam,
+            groups=[
+                {"params": rest, "lr": recipe.rate},
+                {"params": body, "lr": recipe.body_rate},
             ],
             weight_decay=recipe.weight_decay,
         )
-        self.average = {k: v.clone() for k, v in self.model.sam.state_dict().items()}
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.model.sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
+        self.scenes, self.test = scenes, test
 
-    def progress(self) -> float:
-        """Share of the run that is done, by steps or by time, whichever is further."""
-        by_steps = self.step / self.recipe.steps
-        if self.recipe.minutes:
-            return max(by_steps, self.seconds / 60 / self.recipe.minutes)
-        return by_steps
+    @property
+    def rng_state(self) -> str:
+        """State of the random generator, as text that a checkpoint can hold."""
+        return json.dumps(self.rng.bit_generator.state)
 
-    def advance(self) -> dict[str, float]:
-        """One optimisation step."""
-        start, r = time.perf_counter(), self.recipe
+    @rng_state.setter
+    def rng_state(self, state: str) -> None:
+        self.rng.bit_generator.state = json.loads(state)
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """Losses of a batch of crops with clicks."""
+        r = self.recipe
         batch = make_batch(
             self.scenes,
             self.rng,
@@ -427,24 +437,7 @@ class Trainer:
             bf16=r.bf16,
         )
         batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        factor = _rate(self.progress(), self.step, r)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["base"] * factor
-        losses = self.model.losses(batch, self.rng, correct=r.correct)
-        self.optimiser.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.step += 1
-        decay = min(r.ema, (1 + self.step) / (20 + self.step))
-        with torch.no_grad():
-            for key, value in self.model.sam.state_dict().items():
-                if value.is_floating_point():
-                    self.average[key].lerp_(value, 1 - decay)
-                else:
-                    self.average[key].copy_(value)
-        self.seconds += time.perf_counter() - start
-        return {key: float(value.detach()) for key, value in losses.items()}
+        return self.model.losses(batch, self.rng, correct=r.correct)
 
     def averaged(self):
         """The model with averaged weights."""
@@ -452,30 +445,12 @@ class Trainer:
         sam.load_state_dict(self.average)
         return sam.to(self.device)
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint to resume from, atomically."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "optimiser": self.optimiser.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "rng": json.dumps(self.rng.bit_generator.state),
-            "recipe": asdict(self.recipe),
-        }
-        temporary = path.with_name(path.name + ".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
-
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint written by :meth:`save`."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.average = state["average"]
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
-        self.rng.bit_generator.state = json.loads(state["rng"])
+    def evaluate(self) -> dict[str, float]:
+        """IoU of one click in each gland of the held-out images."""
+        if self.test is None:
+            return {}
+        score = evaluate(self.averaged(), *self.test, rng=np.random.default_rng(0))
+        return {f"held_out_{key}": value for key, value in score.items()}
 
 
 def train(
@@ -510,36 +485,15 @@ def train(
     Trainer
     """
     folder = Path(folder)
-    trainer = Trainer(recipe, Scenes(folder / "scenes"), device=device)
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        trainer.resume(checkpoint)
-        log(f"resumed at step {trainer.step}")
-    images, instances = held_out(n_held_out)
-    sums: dict[str, float] = {}
-    count = 0
-    while trainer.progress() < 1:
-        for key, value in trainer.advance().items():
-            sums[key] = sums.get(key, 0.0) + value
-        count += 1
-        if trainer.step % every == 0 or trainer.progress() >= 1:
-            trainer.scenes.refresh()
-            line = {"step": trainer.step, "minutes": round(trainer.seconds / 60, 2)}
-            line |= {key: round(value / count, 5) for key, value in sums.items()}
-            if trainer.step % checkpoint_every == 0 or trainer.progress() >= 1:
-                score = evaluate(
-                    trainer.averaged(), images, instances, rng=np.random.default_rng(0)
-                )
-                line |= {f"held_out_{key}": round(v, 4) for key, v in score.items()}
-                trainer.curve.append(line)
-                trainer.save(checkpoint)
-                if weights:
-                    export(trainer, weights)
-            else:
-                trainer.curve.append(line)
-            log(json.dumps(line))
-            sums, count = {}, 0
-    return trainer
+    scenes = Scenes(folder / "scenes")
+    trainer = Trainer(recipe, scenes, test=held_out(n_held_out), device=device)
+    return trainer.run(
+        checkpoint=folder / "checkpoint.pt",
+        export=partial(export, path=weights) if weights else None,
+        every=every,
+        score_every=checkpoint_every,
+        log=log,
+    )
 
 
 def export(trainer: Trainer, path: Path) -> None:
@@ -648,7 +602,6 @@ def model_card(trainer: Trainer, path: Path, last: dict) -> str:
     start = (
         f"the weights {r.start!r}, which started from ImageNet" if r.start else "ImageNet weights"
     )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"""# {path.name}
 
 A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
@@ -671,7 +624,7 @@ textures and shapes; no real annotated tissue |
 {last.get("held_out_oracle_iou", float("nan")):.3f}, of the mask with the highest predicted IoU \
 {last.get("held_out_picked_iou", float("nan")):.3f} |
 | licence | MIT, as the code of this repository |
-| SHA-256 | `{digest}` |
+| SHA-256 | `{training.digest(path)}` |
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """

@@ -1,0 +1,290 @@
+"""What all trainings share: the course of the learning rate, averages, checkpoints, the curve.
+
+:mod:`helpers.train_sam` and :mod:`helpers.train_latent` say what is learnt; a :class:`Trainer` says
+how a run goes on: by steps or by time, with an average of the weights, stopped and taken up again
+at any step with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from helpers.sam import resolve_device
+
+__all__ = ["Trainer", "digest", "learning_rate"]
+
+
+def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float) -> float:
+    """Learning rate relative to its largest: linear warm-up, constant, cosine to a hundredth.
+
+    Parameters
+    ----------
+    progress : float
+        Share of the run that is done, in [0, 1].
+    step : int
+        Steps that are done.
+    warmup : int
+        Steps of the warm-up.
+    decay_from : float
+        Progress at which the decay begins, in [0, 1).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    x = np.clip((progress - decay_from) / (1 - decay_from), 0, 1)
+    return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * x)))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, for its model card."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+class Trainer:
+    """One run of a training: optimiser, average of the weights, curve, checkpoints.
+
+    A subclass gives :meth:`loss`, and names in `kind` what it trains and in `keep` the attributes
+    that belong to a checkpoint.
+
+    Parameters
+    ----------
+    recipe : dataclass
+        Has at least seed, steps, minutes, rate, warmup, decay_from, ema, bf16.
+    model : torch.nn.Module
+        What is trained.
+    device : str or torch.device
+        "auto" takes a GPU where there is one.
+    averaged : torch.nn.Module, optional
+        The part of `model` whose weights are averaged; by default all.
+    groups : sequence of dict, optional
+        Parameters and largest learning rates ("lr") of the optimiser; by default all at one rate.
+    **adamw
+        Further settings of :class:`torch.optim.AdamW`.
+
+    Attributes
+    ----------
+    average : dict of str to Tensor
+        Moving average of the weights.
+    step, seconds : int, float
+        Steps that are done, and the time they took.
+    curve : list of dict
+        Mean losses and scores, one entry every few steps.
+    """
+
+    kind: str
+    keep: tuple[str, ...] = ()
+    scenes: Any = None
+
+    def __init__(
+        self,
+        recipe: Any,
+        model: nn.Module,
+        device: str | torch.device = "cpu",
+        *,
+        averaged: nn.Module | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
+        **adamw: Any,
+    ) -> None:
+        self.recipe, self.device = recipe, resolve_device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model.train().requires_grad_(True)
+        groups = groups or [{"params": list(model.parameters()), "lr": recipe.rate}]
+        groups = [{**group, "largest": group["lr"]} for group in groups]
+        self.optimiser = torch.optim.AdamW(groups, **adamw)
+        self.averaged_part = self.model if averaged is None else averaged
+        self.average = {k: v.clone() for k, v in self.averaged_part.state_dict().items()}
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    # what a subclass gives
+
+    def loss(self) -> dict[str, torch.Tensor]:
+        """Draw a batch and return its losses; "loss" is minimised."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Score of the averaged weights on held-out images."""
+        return {}
+
+    # a step
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, if the recipe asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16)
+
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by time, whichever is further."""
+        by_time = self.seconds / 60 / self.recipe.minutes if self.recipe.minutes else 0.0
+        return max(self.step / self.recipe.steps, by_time)
+
+    def advance(self) -> dict[str, float]:
+        """Take one step of the optimiser and return its losses.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss is NaN or infinite; the weights are those of the step before.
+        """
+        start, r = time.perf_counter(), self.recipe
+        relative = learning_rate(
+            self.progress(), self.step, warmup=r.warmup, decay_from=r.decay_from
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["largest"] * relative
+        losses = self.loss()
+        if not bool(torch.isfinite(losses["loss"])):
+            raise FloatingPointError(
+                f"the {self.kind} loss is {float(losses['loss'].detach())} at step {self.step}: "
+                "lower the learning rate and start from the last checkpoint"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        self._average(min(r.ema, (1 + self.step) / (10 + self.step)))
+        self.seconds += time.perf_counter() - start
+        return {key: float(value.detach()) for key, value in losses.items()}
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        """Move the average towards the weights; counters are taken as they are."""
+        mine = self.averaged_part.state_dict()
+        floats = [key for key, value in mine.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.average[k] for k in floats], [mine[k] for k in floats], 1 - decay
+        )
+        for key in mine.keys() - set(floats):
+            self.average[key].copy_(mine[key])
+
+    # checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later."""
+        return {
+            "kind": self.kind, "model": self.model.state_dict(), "average": self.average,
+            "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
+            "curve": self.curve, "generator": self.generator.get_state(),
+            "recipe": json.dumps(asdict(self.recipe)), **{k: getattr(self, k) for k in self.keep},
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+        self.curve = state["curve"]
+        self.generator.set_state(state["generator"].cpu())
+        for key in self.keep:
+            setattr(self, key, state[key])
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, the whole file or nothing."""
+        temporary = Path(path).with_suffix(".tmp")
+        torch.save(self.state(), temporary)
+        temporary.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint that :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, or a checkpoint of another training.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a checkpoint: it is damaged or something else; "
+                "remove it to start anew"
+            ) from error
+        if not isinstance(state, dict) or state.get("kind") != self.kind:
+            raise ValueError(
+                f"{path} is no checkpoint of the {self.kind}: remove it or name another"
+            )
+        self.restore(state)
+
+    # a run
+
+    def run(
+        self,
+        *,
+        checkpoint: Path | None = None,
+        export: Callable[[Any], None] | None = None,
+        every: int = 100,
+        score_every: int = 1000,
+        progress: bool = False,
+        log: Callable[[str], None] | None = print,
+    ) -> Any:
+        """Train to the end of the recipe, from `checkpoint` where it exists.
+
+        Parameters
+        ----------
+        checkpoint : Path, optional
+            Written every `score_every` steps and read at the start.
+        export : callable, optional
+            Called with the trainer after each scoring.
+        every, score_every : int
+            Steps between entries of the curve, and between scores on held-out images.
+        progress : bool
+            Show a progress bar.
+        log : callable, optional
+            Receives one line of JSON an entry.
+
+        Returns
+        -------
+        Trainer
+            This one.
+        """
+        from tqdm import tqdm
+
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.resume(Path(checkpoint))
+        sums: dict[str, list[float]] = {}
+        with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
+                  desc=self.kind) as bar:  # fmt: skip
+            while self.progress() < 1:
+                for key, value in self.advance().items():
+                    sums.setdefault(key, []).append(value)
+                bar.update()
+                last = self.progress() >= 1
+                score = self.step % score_every == 0 or last
+                if self.step % every == 0 or score:
+                    self._note(sums, self.evaluate() if score else {}, log)
+                    sums = {}
+                if score:
+                    if checkpoint is not None:
+                        self.save(Path(checkpoint))
+                    if export:
+                        export(self)
+        return self
+
+    def _note(
+        self,
+        sums: dict[str, list[float]],
+        scores: dict[str, float],
+        log: Callable[[str], None] | None,
+    ) -> None:
+        """Add an entry to the curve, and take in scenes that were drawn since."""
+        entry: dict[str, float] = {"step": self.step, "minutes": round(self.seconds / 60, 3)}
+        entry |= {key: round(float(np.mean(values)), 5) for key, values in sums.items()}
+        entry |= {key: round(value, 4) for key, value in scores.items()}
+        self.curve.append(entry)
+        if log:
+            log(json.dumps(entry))
+        if self.scenes is not None:
+            self.scenes.refresh()

@@ -1,0 +1,168 @@
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers.training import Trainer, digest, learning_rate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    steps: int = 6
+    minutes: float | None = None
+    rate: float = 0.1
+    warmup: int = 2
+    decay_from: float = 0.5
+    ema: float = 0.9
+    bf16: bool = False
+
+
+class Line(Trainer):
+    """Fits a line through noisy points; counts its batches in a buffer."""
+
+    kind = "line"
+    keep = ("offset",)
+
+    def __init__(self, recipe=None, **options):
+        torch.manual_seed(3)
+        model = nn.Linear(2, 1)
+        model.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        super().__init__(recipe or Recipe(), model, **options)
+        self.offset = 0.5
+
+    def loss(self):
+        x = torch.randn(8, 2, generator=self.generator)
+        self.model.batches += 1
+        error = self.model(x).squeeze(1) - x.sum(1) - self.offset
+        return {"loss": error.square().mean(), "largest": error.abs().max()}
+
+    def evaluate(self):
+        return {"score": float(self.average["bias"].mean())}
+
+
+def test_learning_rate():
+    rates = [learning_rate(k / 100, k, warmup=10, decay_from=0.4) for k in range(101)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:41], 1)
+    assert (np.diff(rates[40:]) < 0).all()
+    assert rates[70] == pytest.approx(0.505) and rates[100] == pytest.approx(0.01)
+    assert learning_rate(1.7, 300, warmup=10, decay_from=0.4) == pytest.approx(0.01)
+
+
+def test_a_step_is_adamw_at_the_rate_of_the_schedule():
+    trainer, plain = Line(), nn.Linear(2, 1)
+    plain.load_state_dict({k: v for k, v in trainer.model.state_dict().items() if k != "batches"})
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for k in range(4):
+        optimiser.param_groups[0]["lr"] = 0.1 * learning_rate(k / 6, k, warmup=2, decay_from=0.5)
+        x = torch.randn(8, 2, generator=generator)
+        loss = (plain(x).squeeze(1) - x.sum(1) - 0.5).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimiser.step()
+        assert trainer.advance()["loss"] == pytest.approx(float(loss), rel=1e-6)
+    torch.testing.assert_close(trainer.model.weight, plain.weight)
+
+
+def test_average_is_the_literal_moving_average_and_counters_are_copied():
+    trainer = Line()
+    expected = trainer.model.weight.detach().clone()
+    for step in range(1, 6):
+        trainer.advance()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * trainer.model.weight.detach()
+    torch.testing.assert_close(trainer.average["weight"], expected)
+    assert int(trainer.average["batches"]) == 5
+
+
+def test_a_part_may_be_averaged_and_groups_have_their_rates():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    trainer = Trainer(
+        Recipe(warmup=4), model, averaged=model[1],
+        groups=[{"params": model[0].parameters(), "lr": 0.01},
+                {"params": model[1].parameters(), "lr": 0.1}],
+    )  # fmt: skip
+    trainer.loss = lambda: {"loss": model(torch.ones(1, 2)).square().sum()}
+    trainer.advance()
+    assert trainer.average.keys() == {"weight", "bias"}
+    assert [g["lr"] for g in trainer.optimiser.param_groups] == pytest.approx([0.0025, 0.025])
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 5])
+def test_a_stopped_run_ends_as_an_unbroken_one(stopped, tmp_path):
+    whole = Line().run(every=2, score_every=3, log=None)
+    first = Line()
+    first.offset = 0.5
+    for _ in range(stopped):
+        first.advance()
+    first.save(tmp_path / "line.pt")
+    again = Line()
+    again.offset = -7.0  # belongs to the checkpoint
+    again.run(checkpoint=tmp_path / "line.pt", every=2, score_every=3, log=None)
+    assert again.step == whole.step == 6 and again.offset == 0.5
+    for key, value in whole.average.items():
+        assert torch.equal(again.average[key], value)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_curve_holds_means_and_scores(tmp_path):
+    lines, exported = [], []
+    trainer = Line().run(
+        every=2, score_every=3, log=lines.append, checkpoint=tmp_path / "line.pt",
+        export=lambda t: exported.append(t.step),
+    )  # fmt: skip
+    assert [e["step"] for e in trainer.curve] == [2, 3, 4, 6]
+    assert ["score" in e for e in trainer.curve] == [False, True, False, True]
+    assert [json.loads(line) for line in lines] == trainer.curve and exported == [3, 6]
+    plain = Line()
+    losses = [plain.advance()["loss"] for _ in range(6)]
+    means = [np.mean(losses[:2]), losses[2], losses[3], np.mean(losses[4:])]
+    assert [e["loss"] for e in trainer.curve] == pytest.approx(means, abs=1e-5)
+
+
+def test_a_run_ends_by_time():
+    trainer = Line(Recipe(steps=10**6, minutes=0.001)).run(log=None)
+    assert 0 < trainer.step < 10**6 and trainer.progress() >= 1
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoilt():
+    trainer = Line()
+    trainer.advance()
+    before = trainer.model.weight.detach().clone()
+    trainer.offset = float("nan")
+    with pytest.raises(FloatingPointError, match="the line loss is nan at step 1: lower"):
+        trainer.advance()
+    assert torch.equal(trainer.model.weight, before) and trainer.step == 1
+
+
+def test_resume_says_what_is_wrong(tmp_path):
+    path = tmp_path / "line.pt"
+    Line().save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"line\.pt cannot be read as a checkpoint.*remove it"):
+            Line().resume(path)
+    torch.save({"kind": "plane"}, path)
+    with pytest.raises(ValueError, match=r"line\.pt is no checkpoint of the line"):
+        Line().resume(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="no checkpoint of the line"):
+        Line().resume(path)
+
+
+def test_another_seed_sees_other_batches():
+    assert Line().advance() == Line().advance()
+    assert Line().advance() != Line(replace(Recipe(), seed=1)).advance()
+
+
+def test_digest(tmp_path):
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")
+    assert digest(path).startswith("ba7816bf8f01cfea") and len(digest(path)) == 64
