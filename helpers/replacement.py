@@ -85,7 +85,7 @@ def paste(
     gap : {"inpaint", "context"}
         What becomes of the target pixels that the source segment does not cover: left to be
         repainted, as in the paper, or covered with the tissue that surrounds the source segment in
-        its own image, as far as that image reaches.
+        its own image. Where that image ends before the target does, the target stays as it was.
     feather : int
         Pixels on either side of the pasted outline over which the source fades into what the image
         showed there; 0 cuts hard.
@@ -113,7 +113,8 @@ def paste(
     if gap == "context":
         window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
     out, pasted_mask = image.copy(), np.zeros(shape, bool)
-    out[target_mask] = _rim_colour(image, target_mask) if fill == "surround" else 0
+    if gap == "inpaint":
+        out[target_mask] = _rim_colour(image, target_mask) if fill == "surround" else 0
     size = (window[0].stop - window[0].start, window[1].stop - window[1].start)
     if 0 in size:  # carried out of the frame
         return out, pasted_mask
@@ -127,8 +128,9 @@ def paste(
     if feather:
         share = _faded(here, feather)
         mixed = share * source + (1 - share) * image[window]
-        # What is uncovered of the target stays out.
-        edge = (share > 0) & (share < 1) & (here | ~target_mask[window])[..., None]
+        edge = (share > 0) & (share < 1)
+        if gap == "inpaint":  # what is uncovered of the target stays out
+            edge &= (here | ~target_mask[window])[..., None]
         np.copyto(out[window], mixed.round().astype(np.uint8), where=edge)
     return out, pasted_mask
 
@@ -389,8 +391,9 @@ class _Work:
             self.image, target_mask, donor, source_mask, affine,
             fill=o.fill, gap=o.gap, feather=o.feather,
         )  # fmt: skip
-        unknown = (self.unknown & ~pasted) | unknown_region(target_mask, pasted, band=o.band)
-        kept = (self.pasted & ~target_mask) | pasted
+        removed = target_mask if o.gap == "inpaint" else pasted
+        unknown = (self.unknown & ~pasted) | unknown_region(removed, pasted, band=o.band)
+        kept = (self.pasted & ~removed) | pasted
         ratio = _share(kept | unknown)
         if ratio > o.area_max:
             return False
