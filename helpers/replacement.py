@@ -79,7 +79,7 @@ def paste(
     affine : (2, 3) ndarray
         Source to target, see :mod:`helpers.placement`.
     fill : {"surround", "black"}
-        What removed pixels show until they are repainted: the mean colour of the rim around the
+        What the pixels left to be repainted show until then: the mean colour of the rim around the
         target, or black. They are unknown to chapter 05 either way; a calm fill keeps the encoder
         from carrying an edge into the known pixels beside them.
     gap : {"inpaint", "context"}
@@ -307,7 +307,8 @@ def compose(
     raise CompositeError(
         f"image {target_image_id!r}: {len(work.replacements)} of {len(targets)} segments were "
         f"replaced and {work.ratio:.2f} of the image is new, outside [{area_range[0]}, "
-        f"{area_range[1]}]: lower area_min or fit_min, raise area_max, or take another image"
+        f"{area_range[1]}]: lower area_min or fit_min, raise area_max, widen the limits of scale, "
+        "or take another image"
     )
 
 
