@@ -117,7 +117,7 @@ def test_outline_on_the_image_border_is_no_seam():
     mask = np.zeros((40, 60), bool)
     mask[:, :20] = True
     image = _painted(np.zeros_like(mask))
-    assert quality.normal_gradient(image, mask).max() == 0
+    assert quality.normal_gradient(image, mask).max() < 1e-9  # rounding depends on the machine
     assert quality.normal_gradient(image, np.ones_like(mask)).size == 0
 
 
