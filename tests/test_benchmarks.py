@@ -1,12 +1,12 @@
-"""The benchmark that own images may be measured with; the others only print times."""
+"""The benchmarks that own images may be measured with; the others only print times."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import phantom
-from tests.benchmarks import bench_segments
+from helpers import features, phantom
+from tests.benchmarks import bench_replacement, bench_segments
 
 
 @pytest.fixture
@@ -38,3 +38,28 @@ def test_images_without_masks_are_refused(annotated):
     rows.to_csv(annotated / "images.csv", index=False)
     with pytest.raises(SystemExit, match="'folder' has no annotated image"):
         bench_segments.main(["--dataset", "folder", "--root", str(annotated), "--image-size", "64"])
+
+
+def test_replacements_need_a_run(capsys):
+    assert bench_replacement.main(["--run", "nowhere"]) is None
+    assert "run 'nowhere' has no pool: make run RUN=nowhere" in capsys.readouterr().out
+
+
+def test_moved_crops():
+    tissue = phantom.render(0, size=(64, 72), microns_per_pixel=3.0)
+    mask = np.zeros((64, 72), bool)
+    mask[20:41, 25:52] = True
+    moves = bench_replacement.MOVES
+    still = bench_replacement.moved(tissue.image, mask, moves["as they are"](0.3))
+    np.testing.assert_array_equal(still, features.crop(tissue.image, mask))
+    half = bench_replacement.moved(tissue.image, mask, moves["turned"](np.pi))
+    assert np.abs(half.astype(int) - still[::-1, ::-1]).mean() < 2
+    for name, area in {"stretched by 1.12": 1, "enlarged by 1.25": 1.25**2}.items():
+        assert np.linalg.det(moves[name](0.7)) == pytest.approx(area)
+
+
+def test_every_change_is_of_a_setting_of_chapter_04():
+    settings = bench_replacement.settings()
+    for change in bench_replacement.CHANGES.values():
+        assert change.keys() <= settings.keys()
+        assert not change or settings | change != settings

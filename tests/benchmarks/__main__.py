@@ -18,6 +18,7 @@ def main(names):
     for name in names or known:
         module = importlib.import_module(f"tests.benchmarks.{name}")
         print(f"\n== {name}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)
+        sys.argv[1:] = []  # a module's own options are those of its own command
         module.main()
     return 0
 

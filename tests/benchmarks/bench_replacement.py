@@ -1,0 +1,169 @@
+"""What a replacement costs in realism: real crops that are only moved, and crops of composites.
+
+``python -m tests.benchmarks.bench_replacement`` measures kernel distances (KID x 1000) on the pool
+of a finished run, ``--run NAME`` on that of another. The first table warps whole segments in their
+own images, so that nothing but the warp can tell them from real ones; the second replaces segments
+with one setting of chapter 04 changed at a time, without any healing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from helpers import augment, execute, features, quality, runs
+from helpers.placement import moments, warp_image, warp_mask
+from helpers.pool import Pool
+from helpers.replacement import Sampler
+
+#: What is changed of the settings of chapter 04.
+CHANGES = {
+    "as in chapter 04": {},
+    "scales 0.8 to 1.25": {"scale_limits": (0.8, 1.25)},
+    "scales 0.5 to 2": {"scale_limits": (0.5, 2.0), "stretch_limit": 2.0},
+    "placed by moments": {"method": "moments"},
+    "no stain matching": {"stain": "none"},
+    "hard edge": {"feather": 0},
+}
+
+
+def settings() -> dict[str, object]:
+    """Arguments of :func:`helpers.replacement.compose` as chapter 04 gives them."""
+    p = execute.parameters_cell("04_probabilistic_replacement")
+    return {
+        "area_range": (p["area_min"], p["area_max"]),
+        "method": p["placement"],
+        "scale_limits": (p["scale_min"], p["scale_max"]),
+        "stretch_limit": p["stretch_max"],
+        "min_fit": p["fit_min"],
+        "tries": p["fit_tries"],
+        **{name: p[name] for name in ("stain", "band", "feather", "gap")},
+    }
+
+
+def turn(angle: float) -> np.ndarray:
+    """Rotation matrix."""
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+#: Linear maps about the centre of a segment, from a random angle.
+MOVES: dict[str, Callable[[float], np.ndarray]] = {
+    "as they are": lambda angle: np.eye(2),
+    "turned": turn,
+    "stretched by 1.12": lambda angle: turn(angle) @ np.diag([1.12, 1 / 1.12]) @ turn(-angle),
+    "enlarged by 1.25": lambda angle: 1.25 * np.eye(2),
+    "reduced to 0.8": lambda angle: 0.8 * np.eye(2),
+}
+
+
+def moved(image: np.ndarray, mask: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Crop of a segment after a linear map about its centre, in its own image."""
+    centre = moments(mask)[0]
+    affine = np.c_[linear, centre - linear @ centre]
+    return features.crop(warp_image(image, affine, mask.shape), warp_mask(mask, affine, mask.shape))
+
+
+def warped(pool: Pool, rows: np.ndarray, image, embed, rng: np.random.Generator) -> pd.DataFrame:
+    """Kernel distance between one half of the whole segments and the other, moved, both ways."""
+    whole = rng.permutation(rows[~pool.table["border"].to_numpy(bool)[rows]])
+    halves = whole[::2], whole[1::2]
+
+    def embedded(rows, move):
+        return embed(
+            moved(image(pool.table["image_id"].iat[i]), pool.mask(int(i)), move(angle))
+            for i, angle in zip(rows, rng.uniform(0, 2 * np.pi, len(rows)), strict=True)
+        )
+
+    real = [embedded(rows, MOVES["as they are"]) for rows in halves]
+    found = {}
+    for name, move in MOVES.items():
+        far = [embedded(rows, move) for rows in halves]
+        found[name] = 500 * (quality.mmd2(real[0], far[1]) + quality.mmd2(real[1], far[0]))
+    return pd.DataFrame({"KID x 1000": found, "n": len(whole)})
+
+
+def replaced(
+    pool: Pool, classes: list[str], image, embed, real: np.ndarray, n: int
+) -> Iterator[dict]:
+    """One row a setting: kernel distances of crops of `n` composites a class."""
+    for name, change in CHANGES.items():
+        start = time.perf_counter()
+        pieces = augment.compose_all(
+            pool, Sampler(pool), image, n_per_class=n, labels=classes,
+            rng_of=lambda label, k: np.random.default_rng([zlib.crc32(label.encode()), k]),
+            **settings() | change,
+        )  # fmt: skip
+        made = [p.composite for p in pieces if p.composite is not None]
+        seconds = time.perf_counter() - start
+        places = [(c, pool.mask(r["target_row"])) for c in made for r in c.replacements]
+        before, after = (
+            embed(features.crop(getattr(c, what), mask) for c, mask in places)
+            for what in ("original", "image")
+        )
+        yield {
+            "setting": name,
+            "before": 1000 * quality.mmd2(real, before),
+            "replaced": 1000 * quality.mmd2(real, after),
+            "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
+            "images": len(made),
+            "crops": len(places),
+            "s/image": seconds / max(len(made), 1),
+        }
+
+
+def main(argv: list[str] | None = None) -> pd.DataFrame | None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", default="tutorial-phantom", help="finished run with a pool")
+    parser.add_argument("--n-per-class", type=int, default=8)
+    options = parser.parse_args(argv)
+    folder = runs.root() / options.run
+    if not (folder / "03_pca_pooling" / "pool").is_dir():
+        print(f"run {options.run!r} has no pool: make run RUN={options.run} makes it")
+        return None
+    pool = Pool.load(folder / "03_pca_pooling" / "pool")
+    classes = _drawable(pool)
+    rows = np.flatnonzero(pool.table["label"].isin(classes))
+    files = {path.stem: path for path in Path(folder / "00_tissue" / "images").iterdir()}
+
+    @lru_cache(maxsize=256)
+    def image(image_id: str) -> np.ndarray:
+        with Image.open(files[image_id]) as picture:
+            return np.array(picture.convert("RGB"))
+
+    extractor = features.load_extractor("lite0")
+
+    def embed(crops) -> np.ndarray:
+        return extractor.embed(np.stack(list(crops)))
+
+    rng = np.random.default_rng(0)
+    real = embed(
+        features.crop(image(pool.table["image_id"].iat[i]), pool.mask(int(i)))
+        for i in rng.permutation(rows)[:1000]
+    )
+    floor = quality.kid_floor(real, rng=rng)
+    print(f"{len(rows)} segments of {len(classes)} classes; real against real, x 1000: "
+          f"{1000 * floor.mean:.1f}, standard deviation {1000 * floor.std:.1f} "
+          f"at {floor.subset_size} crops")  # fmt: skip
+    print(warped(pool, rows, image, embed, rng).to_string(float_format="{:.2f}".format))
+    table = pd.DataFrame(replaced(pool, classes, image, embed, real, options.n_per_class))
+    print(table.set_index("setting").to_string(float_format="{:.2f}".format))
+    return table
+
+
+def _drawable(pool: Pool, least: int = 5) -> list[str]:
+    """Classes that have more than hardly a whole segment to draw."""
+    whole = pool.table.loc[~pool.table["border"], "label"].value_counts()
+    return [c for c in pool.classes if whole.get(c, 0) >= least]
+
+
+if __name__ == "__main__":
+    main()
