@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from helpers.latent_scenes import (
     turn,
 )
 from helpers.sam import resolve_device
-from helpers.training import Trainer, digest
+from helpers.training import Recipe, Trainer, digest
 
 __all__ = [
     "AutoencoderRecipe",
@@ -77,12 +76,9 @@ def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 @dataclass(frozen=True)
-class AutoencoderRecipe:
+class AutoencoderRecipe(Recipe):
     """Settings of the first stage; the defaults are those of the shipped weights."""
 
-    seed: int = 0
-    steps: int = 20000
-    minutes: float | None = None
     channels: tuple[int, ...] = (64, 128)
     layers: int = 1
     latent_channels: int = 4
@@ -95,19 +91,13 @@ class AutoencoderRecipe:
     gradient: float = 0.5
     kl: float = 1e-4
     jitter: float = 0.5
-    warmup: int = 200
-    decay_from: float = 0.5
-    ema: float = 0.998
-    bf16: bool = False
 
 
 @dataclass(frozen=True)
-class DecoderRecipe:
+class DecoderRecipe(Recipe):
     """Settings of the second round of the decoder, against a discriminator."""
 
-    seed: int = 0
     steps: int = 4000
-    minutes: float | None = None
     crop: int = 64
     batch: int = 6
     scenes: int = 3000
@@ -122,18 +112,13 @@ class DecoderRecipe:
     t_max: int = 200
     jitter: float = 0.3
     warmup: int = 50
-    decay_from: float = 0.5
-    ema: float = 0.998
-    bf16: bool = False
 
 
 @dataclass(frozen=True)
-class UNetRecipe:
+class UNetRecipe(Recipe):
     """Settings of the noise network; the defaults are those of the shipped weights."""
 
-    seed: int = 0
     steps: int = 60000
-    minutes: float | None = None
     channels: tuple[int, ...] = (96, 128, 160)
     layers: int = 1
     latent_patch: int = 2
@@ -141,14 +126,11 @@ class UNetRecipe:
     scenes: int = 2000
     textures: float = 0.15
     rate: float = 5e-4
-    warmup: int = 200
-    decay_from: float = 0.5
     ema: float = 0.9995
     jitter: float = 0.15
     views: int = 2
     ihc: int = 2
     start: str | None = None
-    bf16: bool = False
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -216,7 +198,7 @@ class AutoencoderTrainer(Trainer):
         self.latent_diffusion()
         model = {"image_patch": self.recipe.image_patch, "shift": self.shift, "scale": self.scale}
         save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
-        _write_log(self, path)
+        self.write_log(path)
         _write_card(self, path, command)
 
 
@@ -385,7 +367,7 @@ class DecoderTrainer(Trainer):
         save_weights(
             path, "autoencoder", model.autoencoder.state_dict(), {"build": build, "model": scales}
         )
-        _write_log(self, Path(path).with_name("decoder.json"))
+        self.write_log(Path(path).with_name("decoder.json"))
         _add_to_card(self, Path(path), command)
 
 
@@ -472,7 +454,7 @@ class UNetTrainer(Trainer):
     def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
         save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
-        _write_log(self, path)
+        self.write_log(path)
         _write_card(self, path, command)
 
 
@@ -532,15 +514,9 @@ def _roughness(image: np.ndarray) -> float:
     return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
-def _write_log(trainer: Trainer, path: Path) -> None:
-    last = next((e for e in reversed(trainer.curve) if set(e) - {"step", "minutes", "loss"}), {})
-    log = {"recipe": asdict(trainer.recipe), "curve": trainer.curve, "held_out": last}
-    path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-
-
 def _write_card(trainer: Trainer, path: Path, command: str) -> None:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
-    r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
+    r, last = trainer.recipe, trainer.last
     parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
     size = path.stat().st_size / 1e6
     if trainer.kind == "autoencoder":
@@ -589,7 +565,7 @@ The training curve is in `{path.with_suffix(".json").name}`.
 
 def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
     """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
-    r, last = trainer.recipe, trainer.curve[-1] if trainer.curve else {}
+    r, last = trainer.recipe, trainer.last
     card = path.with_suffix(".md")
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
     before = before.split(_SECOND_ROUND)[0].rstrip()

@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -325,32 +325,27 @@ def evaluate(sam, images, instances, *, rng: np.random.Generator, clicks_each: i
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of a training run, which ends at ``steps`` or ``minutes``, whichever comes first.
+class Recipe(training.Recipe):
+    """Settings of a training run; the defaults are a starting point.
 
     ``start`` is a file of weights to go on from; without it the encoder starts from ImageNet, or,
     with ``pretrained=False``, at random. ``bf16`` pays on a GPU, and on a CPU only where it has
     instructions for it: without them it is many times slower than full precision.
     """
 
-    seed: int = 0
     steps: int = 3000
-    minutes: float | None = None
     image_size: int = 256
     dim: int = 128
     images: int = 4
     prompts: int = 12
     scenes: int = 1500
-    rate: float = 1e-3
     body_rate: float = 3e-4
     weight_decay: float = 0.02
     warmup: int = 100
     decay_from: float = 0.6
     correct: float = 0.3
-    ema: float = 0.998
     pretrained: bool = True
     start: str | None = None
-    bf16: bool = False
 
 
 def load_imagenet(body: nn.Module) -> None:
@@ -502,15 +497,8 @@ def export(trainer: Trainer, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = trainer.recipe
     _write(trainer.average, path, recipe.image_size, recipe.dim, step=trainer.step)
-    last = next((x for x in reversed(trainer.curve) if "held_out_oracle_iou" in x), {})
-    log = {
-        "recipe": asdict(trainer.recipe),
-        "scenes": len(trainer.scenes),
-        "curve": trainer.curve,
-        "held_out": last,
-    }
-    path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
-    path.with_suffix(".md").write_text(model_card(trainer, path, last))
+    trainer.write_log(path, scenes=len(trainer.scenes))
+    path.with_suffix(".md").write_text(model_card(trainer, path))
 
 
 def average(paths: Sequence[Path], path: Path) -> None:
@@ -596,9 +584,9 @@ def command_line(recipe: Recipe) -> str:
     return " ".join(words)
 
 
-def model_card(trainer: Trainer, path: Path, last: dict) -> str:
+def model_card(trainer: Trainer, path: Path) -> str:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
-    r = trainer.recipe
+    r, last = trainer.recipe, trainer.last
     start = (
         f"the weights {r.start!r}, which started from ImageNet" if r.start else "ImageNet weights"
     )

@@ -12,7 +12,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,24 @@ from torch import nn
 
 from helpers.sam import resolve_device
 
-__all__ = ["Trainer", "digest", "learning_rate"]
+__all__ = ["Recipe", "Trainer", "digest", "learning_rate"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that every training has; a subclass adds its own, and may have other defaults.
+
+    A run ends at ``steps`` or ``minutes``, whichever comes first.
+    """
+
+    seed: int = 0
+    steps: int = 20000
+    minutes: float | None = None
+    rate: float = 1e-3
+    warmup: int = 200
+    decay_from: float = 0.5
+    ema: float = 0.998
+    bf16: bool = False
 
 
 def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float) -> float:
@@ -58,8 +75,7 @@ class Trainer:
 
     Parameters
     ----------
-    recipe : dataclass
-        Has at least seed, steps, minutes, rate, warmup, decay_from, ema, bf16.
+    recipe : Recipe
     model : torch.nn.Module
         What is trained.
     device : str or torch.device
@@ -87,7 +103,7 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Any,
+        recipe: Recipe,
         model: nn.Module,
         device: str | torch.device = "cpu",
         *,
@@ -219,6 +235,16 @@ class Trainer:
         self.restore(state)
 
     # a run
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Last entry of the curve, which after :meth:`run` has scores; empty before the first."""
+        return self.curve[-1] if self.curve else {}
+
+    def write_log(self, path: Path, **more: Any) -> None:
+        """Write recipe, curve and last scores as JSON beside the weights."""
+        log = {"recipe": asdict(self.recipe), **more, "curve": self.curve, "held_out": self.last}
+        Path(path).with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
 
     def run(
         self,
