@@ -153,6 +153,7 @@ def effective_sources(counts: np.ndarray) -> float:
 
 # --- sampler --------------------------------------------------------------------------------------
 
+_ANY_SIZE = (0.0, np.inf)  # areas of candidates relative to the target
 _ROUNDOFF = 2.0**-24  # of single precision
 _PROPOSALS = 32
 # Rounding of the exponential and of its argument down to -104, below which it is zero.
@@ -223,7 +224,7 @@ class Sampler:
         self._fingerprint = int(zlib.crc32(np.ascontiguousarray(pool.features)))
 
     def log_probabilities(
-        self, target: int, *, size_range: tuple[float, float] = (0.0, np.inf)
+        self, target: int, *, size_range: tuple[float, float] = _ANY_SIZE
     ) -> tuple[np.ndarray, np.ndarray]:
         """Candidates for a target and their log-probabilities, in double precision.
 
@@ -301,7 +302,7 @@ class Sampler:
         target: int,
         rng: np.random.Generator,
         *,
-        size_range: tuple[float, float] = (0.0, np.inf),
+        size_range: tuple[float, float] = _ANY_SIZE,
     ) -> int:
         """Draw a replacement by Eq. 1 and raise its weight.
 
@@ -411,7 +412,7 @@ class Sampler:
         allowed = allowed & block.free
         own = np.searchsorted(block.rows, target)
         allowed[own] = False
-        if size_range != (0, np.inf):
+        if size_range != _ANY_SIZE:
             low, high = np.asarray(size_range) * block.areas[own]
             allowed &= (block.areas >= low) & (block.areas <= high)
         if not allowed.any():
@@ -441,7 +442,7 @@ class Sampler:
     def _why_none(self, target: int, n: int, size_range: tuple[float, float]) -> str:
         row = self.pool.table.iloc[target]
         rules = self._rules()
-        if size_range != (0, np.inf):
+        if size_range != _ANY_SIZE:
             rules.append("an area of {:.2g} to {:.2g} times its own".format(*size_range))
         return (
             f"no segment may replace segment {row['segment_id']} of image {row['image_id']!r}: "
