@@ -183,7 +183,10 @@ class ProbabilisticReplacement(Common):
 
     exclude_own_image: Annotated[bool, Field(description="never draw from the target's own image")]
     exclude_own_patient: Annotated[bool, Field(description="nor from the target's own patient")]
-    refuse_border: Annotated[bool, Field(description="refuse segments cut by the image border")]
+    cut_sources: Annotated[
+        Literal["at_border", "refuse", "anywhere"],
+        Field(description="where segments cut by the border of their image may go"),
+    ]
     placement: Annotated[
         Literal["fit", "moments", "boxes"], Field(description="affine transform from")
     ]

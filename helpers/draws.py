@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from helpers.placement import border_sides
 from helpers.pool import Pool
 
 __all__ = [
+    "CUT_SOURCES",
     "CompositeError",
     "Sampler",
     "draw_log_probabilities",
@@ -153,6 +155,9 @@ def effective_sources(counts: np.ndarray) -> float:
 
 # --- sampler --------------------------------------------------------------------------------------
 
+#: What may become of segments that the border of their image cuts.
+CUT_SOURCES = ("at_border", "refuse", "anywhere")
+_NOWHERE = np.int8(3)  # more sides than a target can offer
 _ANY_SIZE = (0.0, np.inf)  # areas of candidates relative to the target
 _ROUNDOFF = 2.0**-24  # of single precision
 _PROPOSALS = 32
@@ -173,8 +178,10 @@ class Sampler:
     same_class : bool
         Draw from the target's class. Features of different classes are scores on different
         principal components, so False is refused for a pool of several classes.
-    refuse_border : bool
-        Leave out segments cut by the image border: they are incomplete.
+    cut_sources : {"at_border", "refuse", "anywhere"}
+        What becomes of segments that the border of their image cuts: they may replace targets that
+        as many sides cut, where :func:`helpers.placement.affine_at_border` lays cut side on cut
+        side; or are left out, since they are incomplete; or are treated as whole ones.
     penalty : float
         What a draw adds to the weight w_j (1 in the paper; 0 switches the penalty off).
 
@@ -198,7 +205,7 @@ class Sampler:
         exclude_own_image: bool = True,
         exclude_own_patient: bool = False,
         same_class: bool = True,
-        refuse_border: bool = True,
+        cut_sources: str = "at_border",
         penalty: float = 1.0,
     ) -> None:
         if not same_class and len(pool.classes) > 1:
@@ -206,12 +213,16 @@ class Sampler:
                 f"same_class=False, but the pool has the classes {pool.classes}: their features "
                 "are scores on different components and cannot be compared; build one pool a class"
             )
+        if cut_sources not in CUT_SOURCES:
+            raise ValueError(
+                f"cut_sources={cut_sources!r} is unknown: use one of {', '.join(CUT_SOURCES)}"
+            )
         if penalty < 0:
             raise ValueError(f"penalty={penalty}: a draw must not make the next one likelier")
         self.pool = pool
         self.exclude_own_image = exclude_own_image
         self.exclude_own_patient = exclude_own_patient
-        self.refuse_border = refuse_border
+        self.cut_sources = cut_sources
         self.penalty = float(penalty)
         self.w = np.ones(len(pool))
         self.counts = np.zeros(len(pool), np.int64)
@@ -219,6 +230,7 @@ class Sampler:
         self._patients = _codes(pool.table["dataset"] + "\n" + pool.table["patient"])
         self._patients[(pool.table["patient"] == "").to_numpy()] = -1
         self._border = pool.table["border"].to_numpy(bool)
+        self._wanted, self._offered = self._sides(pool)
         self._labels = pool.table["label"].to_numpy()
         self._blocks = {c: self._block(pool, c) for c in pool.classes}
         self._fingerprint = int(zlib.crc32(np.ascontiguousarray(pool.features)))
@@ -264,9 +276,11 @@ class Sampler:
             allowed &= self._images[rows] != self._images[target]
         if self.exclude_own_patient and self._patients[target] >= 0:
             allowed &= self._patients[rows] != self._patients[target]
-        if self.refuse_border:
-            allowed &= ~self._border[rows]
-        return allowed
+        return allowed & (self._wanted[rows] <= self._offered[target])
+
+    def at_border(self, row: int) -> bool:
+        """Whether a source may only be placed cut side on cut side."""
+        return self.cut_sources == "at_border" and bool(self._border[row])
 
     def targets(self) -> np.ndarray:
         """Rows of the pool that something may replace, (m,) int, at a cost linear in the pool.
@@ -276,17 +290,11 @@ class Sampler:
         CompositeError
             If there is none.
         """
-        groups = np.arange(len(self.w))  # what is left out with a segment: itself at least
-        if self.exclude_own_image:
-            groups = len(self.w) + self._images
-        if self.exclude_own_patient:
-            known = self._patients >= 0
-            groups = np.where(known, 2 * len(self.w) + self._patients, groups)
-        found = []
-        for block in self._blocks.values():
-            _, own = np.unique(groups[block.rows], return_inverse=True)
-            left = block.free.sum() - np.bincount(own, weights=block.free)[own]
-            found.append(block.rows[left > 0])
+        found = [
+            block.rows[(offered == sides) & (others(block.wanted <= sides) > 0)]
+            for block, offered, others in self._classes()
+            for sides in np.unique(offered)
+        ]
         rows = np.sort(np.concatenate(found))
         if not len(rows):
             raise CompositeError(
@@ -296,6 +304,15 @@ class Sampler:
                 "add images or switch a rule off"
             )
         return rows
+
+    def sources(self) -> np.ndarray:
+        """Rows of the pool that may replace something, (m,) int, at a cost linear in the pool."""
+        found = [
+            block.rows[(block.wanted == sides) & (others(offered >= sides) > 0)]
+            for block, offered, others in self._classes()
+            for sides in np.unique(block.wanted)
+        ]
+        return np.sort(np.concatenate(found))
 
     def draw(
         self,
@@ -409,7 +426,7 @@ class Sampler:
         allowed = block.images != self._images[target] if self.exclude_own_image else True
         if self.exclude_own_patient and self._patients[target] >= 0:
             allowed &= block.patients != self._patients[target]
-        allowed = allowed & block.free
+        allowed = allowed & (block.wanted <= self._offered[target])
         own = np.searchsorted(block.rows, target)
         allowed[own] = False
         if size_range != _ANY_SIZE:
@@ -418,6 +435,26 @@ class Sampler:
         if not allowed.any():
             raise CompositeError(self._why_none(target, len(block.rows), size_range))
         return allowed
+
+    def _classes(self) -> Iterator[tuple[_Block, np.ndarray, Callable]]:
+        """Each class, the sides its targets offer, and a function that counts.
+
+        The function says for each row of the class how many of a mask of rows are not left out
+        with it.
+        """
+        groups = np.arange(len(self.w))  # what is left out with a segment: itself at least
+        if self.exclude_own_image:
+            groups = len(self.w) + self._images
+        if self.exclude_own_patient:
+            known = self._patients >= 0
+            groups = np.where(known, 2 * len(self.w) + self._patients, groups)
+        for block in self._blocks.values():
+            _, own = np.unique(groups[block.rows], return_inverse=True)
+            yield (
+                block,
+                self._offered[block.rows],
+                lambda mask, own=own: mask.sum() - np.bincount(own, weights=mask)[own],
+            )
 
     def _weights(self, block: _Block) -> np.ndarray:
         return self.w if len(block.rows) == len(self.w) else self.w[block.rows]
@@ -431,13 +468,35 @@ class Sampler:
             _squares(features),
             self._images[rows],
             self._patients[rows],
-            ~self._border[rows] if self.refuse_border else np.ones(len(rows), bool),
+            self._wanted[rows],
             pool.table["area"].to_numpy(float)[rows],
         )
 
     def _rules(self) -> list[str]:
-        names = ("exclude_own_image", "exclude_own_patient", "refuse_border")
-        return [name for name in names if getattr(self, name)]
+        names = ("exclude_own_image", "exclude_own_patient")
+        rules = [name for name in names if getattr(self, name)]
+        return rules + (
+            [] if self.cut_sources == "anywhere" else [f"cut_sources {self.cut_sources}"]
+        )
+
+    def _sides(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
+        """Sides of its image that a source wants its target to be cut by, and those that cut each.
+
+        Two sides next to each other count as two, sides that face each other as one. A cut source
+        between sides that face each other finds no place: it wants more than there is.
+        """
+        none = np.zeros(len(pool), np.int8)
+        if self.cut_sources == "anywhere":
+            return none, none
+        if self.cut_sources == "refuse":
+            return np.where(self._border, _NOWHERE, none), none
+        shapes = pool.images.set_index("image_id")[["height", "width"]]
+        shapes = shapes.loc[pool.table["image_id"]].to_numpy()
+        sides = border_sides(pool.table[["x", "y", "w", "h"]].to_numpy(), shapes)
+        along, facing = sides[:, :2] | sides[:, 2:], sides[:, :2] & sides[:, 2:]
+        offered = along.sum(1, dtype=np.int8)
+        wanted = np.where(facing.any(1) | (offered == 0), _NOWHERE, offered)
+        return np.where(self._border, wanted, none), np.where(self._border, offered, none)
 
     def _why_none(self, target: int, n: int, size_range: tuple[float, float]) -> str:
         row = self.pool.table.iloc[target]
@@ -461,7 +520,7 @@ class _Block:
     squares: np.ndarray  # (n,) float32: squared norms, shrunk by their rounding
     images: np.ndarray
     patients: np.ndarray
-    free: np.ndarray  # not cut by the border, or the border does not matter
+    wanted: np.ndarray  # sides of its image that a target has to reach
     areas: np.ndarray
 
     def nearest_possible(self, f_t: np.ndarray) -> np.ndarray:

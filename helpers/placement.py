@@ -10,7 +10,7 @@ Lanczos' windowed sinc, since nothing gives a paste away like texture that inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -21,10 +21,12 @@ from torchvision.transforms.functional import gaussian_blur
 
 __all__ = [
     "LOBES",
+    "affine_at_border",
     "affine_by_fit",
     "affine_from_boxes",
     "affine_from_moments",
     "axis_scales",
+    "border_sides",
     "iou",
     "moments",
     "reach",
@@ -42,6 +44,8 @@ _MIRROR_GAIN = 0.01
 _FIT_SIDE = 48  # pixels across the target, for the search of the best overlap
 _FIT_STEPS = 100  # evaluations of the overlap
 _LEAST_BLUR = 0.25  # pixels; less moves no grey level
+#: Directions (x, y) that leave an image at its left, top, right and bottom side.
+_OUTWARDS = np.array([[-1.0, 0], [0, -1], [1, 0], [0, 1]])
 
 
 # --- moments and boxes ----------------------------------------------------------------------------
@@ -118,8 +122,7 @@ def affine_from_moments(
     scale = _limited(np.sqrt(lam_t / lam_s), scale_limits, stretch_limit)
     flips = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]])[: 4 if mirror else 2]
     affines = [_about(r_t @ np.diag(scale * flip) @ r_s.T, c_s, c_t) for flip in flips]
-    warped = warp_masks([source_mask] * len(flips), affines, target_mask.shape)
-    overlap = np.array([iou(mask, target_mask) for mask in warped])
+    overlap = _overlaps(source_mask, target_mask, affines)
     overlap[2:] -= _MIRROR_GAIN
     best = np.flatnonzero(overlap >= overlap.max() - 1e-9)
     return affines[max(best, key=lambda k: np.trace(affines[k][:, :2]))]
@@ -185,31 +188,86 @@ def affine_by_fit(
         source_mask, target_mask,
         scale_limits=scale_limits, stretch_limit=stretch_limit, mirror=mirror,
     )  # fmt: skip
-    small_target, to_small = _small(target_mask, margin=0.25)
-    small_source, from_source = _small(source_mask, margin=0.02)
-    from_small = cv2.invertAffineTransform(from_source)
-    frame = cv2.warpAffine(
-        np.ones(target_mask.shape, np.float32), to_small, small_target.shape[::-1]
-    )
     radius = np.sqrt(np.count_nonzero(target_mask) / np.pi)
     vary = _variations(start, moments(target_mask)[0], radius, scale_limits, stretch_limit)
+    best = _best_overlap(source_mask, target_mask, vary, [0.08, 0.08, 0.15, 0.15, 0.08, 0.15])
+    overlap = _overlaps(source_mask, target_mask, [start, best])
+    return [start, best][int(overlap[1] > overlap[0])]
 
-    def loss(parameters: np.ndarray) -> float:
-        affine = _chain(to_small, vary(parameters), from_small)
-        moved = frame * cv2.warpAffine(small_source, affine, small_target.shape[::-1])
-        shared = np.minimum(moved, small_target).sum()
-        return -float(shared / (moved.sum() + small_target.sum() - shared))
 
-    steps = np.diag([0.08, 0.08, 0.15, 0.15, 0.08, 0.15])
-    found = minimize(
-        loss,
-        np.zeros(6),
-        method="Nelder-Mead",
-        options={"initial_simplex": np.vstack([np.zeros(6), steps]), "maxfev": _FIT_STEPS},
-    )
-    both = [start, vary(found.x)]
-    warped = warp_masks([source_mask] * 2, both, target_mask.shape)
-    return both[int(iou(warped[1], target_mask) > iou(warped[0], target_mask))]
+def affine_at_border(
+    source_mask: np.ndarray,
+    target_mask: np.ndarray,
+    *,
+    scale_limits: tuple[float, float] = (0.5, 2.0),
+    stretch_limit: float = 1.5,
+    mirror: bool = True,
+) -> np.ndarray:
+    """Affine transform of a source that the border cuts: its cut sides stay at the border.
+
+    A side of the source's image lies on a side of the target's, or beyond it, so that no straight
+    cut shows within the image. That leaves quarter turns and mirror images. Each is begun with
+    scales and centroid as the moments have them, moved outwards as far as the sides want it; the
+    one that overlaps the target most is improved as in :func:`affine_by_fit`.
+
+    Parameters, returns and errors as :func:`affine_from_moments`.
+
+    Raises
+    ------
+    ValueError
+        Also if the source reaches no side of its image or two that face each other, or the target
+        does not reach as many sides as the source, next to each other where there are two.
+    """
+    _check_limits(scale_limits, stretch_limit)
+    (c_s, cov_s), (c_t, cov_t) = moments(source_mask), moments(target_mask)
+    sides, offered = (border_sides(_box(mask), mask.shape) for mask in (source_mask, target_mask))
+    turns = [turn for turn in _quarter_turns(mirror) if _fits_sides(turn, sides, offered)]
+    if not sides.any() or (sides[:2] & sides[2:]).any() or not turns:
+        raise ValueError(
+            f"a source that reaches {_named(sides)} of its image cannot lie at the border of one "
+            f"whose target reaches {_named(offered)}: draw another one"
+        )
+    radius = np.sqrt(np.count_nonzero(target_mask) / np.pi)
+
+    def variations(turn: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        base = np.sqrt(np.diag(cov_t) / np.diag(turn @ cov_s @ turn.T))
+        outwards = _outwards(turn, sides, source_mask.shape, target_mask.shape)
+
+        def vary(parameters: np.ndarray) -> np.ndarray:
+            x, y, size, stretched = parameters
+            scale = base * np.exp(size + np.array([stretched, -stretched]) / 2)
+            matrix = np.diag(_limited(scale, scale_limits, stretch_limit)) @ turn
+            return outwards(_about(matrix, c_s, c_t + radius * np.array([x, y])))
+
+        return vary
+
+    every = [variations(turn) for turn in turns]
+    starts = [vary(np.zeros(4)) for vary in every]
+    overlap = _overlaps(source_mask, target_mask, starts)
+    first = int(np.argmax(overlap))
+    best = _best_overlap(source_mask, target_mask, every[first], [0.08, 0.08, 0.08, 0.15])
+    better = _overlaps(source_mask, target_mask, [best])[0] > overlap[first]
+    return best if better else starts[first]
+
+
+def border_sides(boxes: np.ndarray, shapes: np.ndarray | tuple[int, int]) -> np.ndarray:
+    """Which sides of their images segments reach.
+
+    Parameters
+    ----------
+    boxes : (..., 4) int ndarray
+        Bounding boxes: x, y, width, height.
+    shapes : (..., 2) int ndarray or tuple of int
+        H, W of their images.
+
+    Returns
+    -------
+    (..., 4) bool ndarray
+        Left, top, right, bottom.
+    """
+    start, size = np.split(np.asarray(boxes), 2, axis=-1)
+    end = np.asarray(shapes)[..., ::-1]
+    return np.concatenate([start <= 0, start + size >= end], axis=-1)
 
 
 def size_range(scale_limits: tuple[float, float], min_fit: float) -> tuple[float, float]:
@@ -232,6 +290,78 @@ def size_range(scale_limits: tuple[float, float], min_fit: float) -> tuple[float
     """
     low, high = scale_limits
     return min_fit / high**2, 1 / (min_fit * low**2) if min_fit else np.inf
+
+
+def _best_overlap(
+    source_mask: np.ndarray,
+    target_mask: np.ndarray,
+    vary: Callable[[np.ndarray], np.ndarray],
+    steps: Sequence[float],
+) -> np.ndarray:
+    """Affine of a family, `vary`, that overlaps most, by the simplex method on small pictures."""
+    small_target, to_small = _small(target_mask, margin=0.25)
+    small_source, from_source = _small(source_mask, margin=0.02)
+    from_small = cv2.invertAffineTransform(from_source)
+    shape = small_target.shape[::-1]
+    frame = cv2.warpAffine(np.ones(target_mask.shape, np.float32), to_small, shape)
+
+    def loss(parameters: np.ndarray) -> float:
+        affine = _chain(to_small, vary(parameters), from_small)
+        moved = frame * cv2.warpAffine(small_source, affine, shape)
+        shared = np.minimum(moved, small_target).sum()
+        return -float(shared / (moved.sum() + small_target.sum() - shared))
+
+    zero = np.zeros(len(steps))
+    simplex = np.vstack([zero, np.diag(steps)])
+    options = {"initial_simplex": simplex, "maxfev": _FIT_STEPS}
+    return vary(minimize(loss, zero, method="Nelder-Mead", options=options).x)
+
+
+def _overlaps(
+    source_mask: np.ndarray, target_mask: np.ndarray, affines: Sequence[np.ndarray]
+) -> np.ndarray:
+    """IoU of the target with the source under each transform."""
+    warped = warp_masks([source_mask] * len(affines), affines, target_mask.shape)
+    return np.array([iou(mask, target_mask) for mask in warped])
+
+
+def _quarter_turns(mirror: bool) -> list[np.ndarray]:
+    """Turns by multiples of 90 degrees, the smallest first, and their mirror images."""
+    turns = [_turn(np.pi / 2 * k).round() for k in (0, 1, 3, 2)]
+    return turns + ([turn @ np.diag([-1.0, 1.0]) for turn in turns] if mirror else [])
+
+
+def _fits_sides(turn: np.ndarray, sides: np.ndarray, offered: np.ndarray) -> bool:
+    """Whether a turn carries every side of a source onto one of those offered."""
+    carried = _OUTWARDS[sides] @ turn.T
+    return all((normal == _OUTWARDS[offered]).all(axis=1).any() for normal in carried)
+
+
+def _outwards(
+    turn: np.ndarray, sides: np.ndarray, shape: tuple[int, int], frame: tuple[int, int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Function that shifts an affine until the sides of its source lie at the frame or beyond."""
+    # The outlines of the outermost pixels, (x, y).
+    far_s, far_t = np.array(shape[::-1]) - 0.5, np.array(frame[::-1]) - 0.5
+    corners = [(np.where(normal > 0, far_s, -0.5), turn @ normal) for normal in _OUTWARDS[sides]]
+
+    def shifted(affine: np.ndarray) -> np.ndarray:
+        affine = affine.copy()
+        for corner, outward in corners:
+            k = int(np.abs(outward).argmax())
+            at = affine[k] @ [*corner, 1]
+            if outward[k] > 0:
+                affine[k, 2] += max(far_t[k] - at, 0)
+            else:
+                affine[k, 2] -= max(at + 0.5, 0)
+        return affine
+
+    return shifted
+
+
+def _named(sides: np.ndarray) -> str:
+    named = np.array(["left", "top", "right", "bottom"])[sides]
+    return f"the {' and '.join(named)} side" if len(named) else "no side"
 
 
 def _variations(affine, centre, radius, limits, stretch):

@@ -19,6 +19,7 @@ import numpy as np
 from helpers.draws import CompositeError, Sampler, effective_sources
 from helpers.placement import (
     LOBES,
+    affine_at_border,
     affine_by_fit,
     affine_from_boxes,
     affine_from_moments,
@@ -234,7 +235,8 @@ def compose(
     area_range : tuple of float
         Bounds of the new-area ratio.
     method : {"fit", "moments", "boxes"}
-        Placement, see :data:`PLACEMENTS`.
+        Placement, see :data:`PLACEMENTS`. A source that the border of its image cuts lies cut side
+        on cut side instead, unless the sampler treats it as a whole one.
     scale_limits, stretch_limit
         As in :func:`helpers.placement.affine_from_moments`.
     stain : {"reinhard", "macenko", "none"}
@@ -273,13 +275,10 @@ def compose(
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
         raise CompositeError(f"image {target_image_id!r} has no segment in the pool")
-    place = partial(
-        PLACEMENTS[method],
-        scale_limits=scale_limits,
-        stretch_limit=stretch_limit,
-    )
+    limits = {"scale_limits": scale_limits, "stretch_limit": stretch_limit}
     options = _Options(
-        place,
+        partial(PLACEMENTS[method], **limits),
+        partial(affine_at_border, **limits),
         stain,
         band,
         fill,
@@ -320,6 +319,7 @@ class _Options:
     """Settings of :func:`compose` that hold for every replacement."""
 
     place: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    place_at_border: Callable[[np.ndarray, np.ndarray], np.ndarray]
     stain: str
     band: int
     fill: str
@@ -366,7 +366,9 @@ class _Work:
             high = np.inf
         for _ in range(self.options.tries):
             source = sampler.draw(target, rng, size_range=(low, high))
-            if self._put(pool, target, target_mask, source, get_image):
+            cut = sampler.at_border(source)
+            place = self.options.place_at_border if cut else self.options.place
+            if self._put(pool, target, target_mask, source, place, get_image):
                 return True
             sampler.undo(source)
         return False
@@ -377,11 +379,12 @@ class _Work:
         target: int,
         target_mask: np.ndarray,
         source: int,
+        place: Callable[[np.ndarray, np.ndarray], np.ndarray],
         get_image: Callable[[str], np.ndarray],
     ) -> bool:
         """Paste a source if it fits and the new area stays within its bound."""
         o, source_mask = self.options, pool.mask(source)
-        affine = o.place(source_mask, target_mask)
+        affine = place(source_mask, target_mask)
         placed = warp_mask(source_mask, affine, target_mask.shape)
         fit = iou(placed, target_mask)
         if not placed.any() or fit < o.min_fit:
@@ -457,6 +460,7 @@ def _record(
         "distance": float(np.linalg.norm(pool.features[target] - pool.features[source])),
         "affine": np.asarray(affine).round(6).tolist(),
         "scales": [round(large, 6), round(small, 6)],
+        "cut": bool(table["border"].iat[source]),
         "mirrored": bool(np.linalg.det(affine[:, :2]) < 0),
         "area_ratio": float(table["area"].iat[source] / table["area"].iat[target]),
         "iou": float(fit),

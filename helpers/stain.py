@@ -1,8 +1,8 @@
 """Stain of histological images (step 11): measure it, and give one image the stain of another.
 
 Two classical methods serve, both measured on tissue only. A match is limited where it would do
-harm: contrast is changed at most threefold, an image that shows a single stain is refused by
-Macenko's method, and glass keeps its colour.
+harm: contrast is changed at most twofold, an image that shows a single stain is refused by
+Macenko's method, pale tissue is changed in proportion to its stain, and glass keeps its colour.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 #: Haematoxylin and eosin were found 13 to 37 degrees apart, on synthetic and on real tissue.
 MIN_ANGLE = 8.0
 #: Largest change of contrast by a match, and its inverse the smallest.
-MAX_GAIN = 3.0
+MAX_GAIN = 2.0
 _TISSUE = 0.15  # mean optical density above which a pixel is tissue
 _MIN_TISSUE = 64  # pixels
 
@@ -65,7 +65,9 @@ def match_stain(
     ----------
     source, reference : (h, w, 3) and (H, W, 3) uint8 ndarray
     method : {"reinhard", "macenko", "none"}
-        ``reinhard`` equalises mean and standard deviation of each CIELAB channel [reinhard]_;
+        ``reinhard`` equalises mean and standard deviation of each CIELAB channel [reinhard]_,
+        where a pixel of less than the mean optical density is changed in proportion to its own, or
+        else pale tissue takes on the colour that is added to the dark;
         ``macenko`` estimates the two stain vectors of each image, and gives the source the vectors
         and the 99th percentile concentrations of the reference [macenko]_. What the two stains do
         not explain is kept, so that an image matched to itself comes back.
@@ -266,6 +268,11 @@ def _lab(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
 
 
+def _rgb(lab: np.ndarray) -> np.ndarray:
+    """RGB of a CIELAB image, float32, 0 to 255."""
+    return cv2.cvtColor(lab.astype(np.float32), cv2.COLOR_LAB2RGB) * 255
+
+
 def _gain(ratio: np.ndarray) -> np.ndarray:
     return np.clip(ratio, 1 / MAX_GAIN, MAX_GAIN)
 
@@ -273,7 +280,9 @@ def _gain(ratio: np.ndarray) -> np.ndarray:
 def _reinhard_apply(image: np.ndarray, source: Stain, reference: Stain) -> np.ndarray:
     (mean_s, std_s), (mean_r, std_r) = source, reference
     lab = (_lab(image) - mean_s) * _gain(std_r / std_s) + mean_r
-    return cv2.cvtColor(lab.astype(np.float32), cv2.COLOR_LAB2RGB) * 255
+    typical = -np.log(np.clip(_rgb(mean_s[None, None]) / 255, 0.002, 0.99)).mean()
+    amount = np.minimum(_mean_density(image) / typical, 1)[..., None]
+    return image + amount * (_rgb(lab) - image)
 
 
 def _macenko_apply(image: np.ndarray, source: Stain, reference: Stain) -> np.ndarray:

@@ -35,7 +35,7 @@ def _heal(images, unknown, generators):
 
 def _pieces(n_per_class=3, **options):
     pool, images = toy_pool(n_images=8)
-    sampler = Sampler(pool, refuse_border=False)
+    sampler = Sampler(pool, cut_sources="anywhere")
     options = {"area_range": (0.05, 1.0), "stain": "none", **options}
     return augment.compose_all(
         pool, sampler, images.__getitem__, n_per_class=n_per_class, rng_of=_rng, **options

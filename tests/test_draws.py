@@ -141,17 +141,48 @@ def test_two_draws_in_a_row_follow_the_raised_weight():
 # --- sampler ---
 
 
+def cut_pool(*args, **kwargs):
+    """A toy pool in which segments reach sides of their images at random, and most are cut."""
+    pool, _ = toy_pool(*args, **kwargs)
+    rng = np.random.default_rng(4)
+    for i in range(len(pool)):
+        left, top, right, bottom = rng.random(4) < 0.35
+        x, y = 0 if left else 30, 0 if top else 20
+        pool.table.loc[i, ["x", "y"]] = x, y
+        pool.table.loc[i, ["w", "h"]] = 96 - x if right else 15, 96 - y if bottom else 25
+        pool.table.loc[i, "border"] = rng.random() < 0.8
+    return pool
+
+
+def fits_at_border(t, row, target):
+    """A quarter turn or mirror image exists that carries the sides of one onto the other's."""
+
+    def sides(i):
+        x, y, w, h = t.loc[i, ["x", "y", "w", "h"]]
+        return [x == 0, y == 0, x + w == 96, y + h == 96]
+
+    if not t["border"][row]:
+        return True
+    cut, offered = sides(row), sides(target)
+    if not (t["border"][target] and any(cut)) or cut[0] & cut[2] or cut[1] & cut[3]:
+        return False
+    turned = [
+        [cut[(k * sign + turn) % 4] for k in range(4)] for turn in range(4) for sign in (1, -1)
+    ]
+    return any(all(o or not c for c, o in zip(each, offered, strict=True)) for each in turned)
+
+
 @pytest.mark.parametrize("own_image", [True, False])
 @pytest.mark.parametrize("own_patient", [True, False])
-@pytest.mark.parametrize("refuse_border", [True, False])
-def test_who_may_be_drawn(own_image, own_patient, refuse_border):
-    pool, _ = toy_pool(8, 4, border=True)
+@pytest.mark.parametrize("cut_sources", draws.CUT_SOURCES)
+def test_who_may_be_drawn(own_image, own_patient, cut_sources):
+    pool = cut_pool(8, 4)
     sampler = Sampler(
         pool, exclude_own_image=own_image, exclude_own_patient=own_patient,
-        refuse_border=refuse_border,
+        cut_sources=cut_sources,
     )  # fmt: skip
     t = pool.table
-    for target in (0, 6, 13):
+    for target in range(len(pool)):
         rows, log_p = sampler.log_probabilities(target)
         assert set(rows) == set(np.flatnonzero(t["label"] == t["label"][target]))
         for row, q in zip(rows, log_p, strict=True):
@@ -159,24 +190,28 @@ def test_who_may_be_drawn(own_image, own_patient, refuse_border):
                 row == target
                 or (own_image and t["image_id"][row] == t["image_id"][target])
                 or (own_patient and t["patient"][row] == t["patient"][target])
-                or (refuse_border and t["border"][row])
+                or (cut_sources == "refuse" and t["border"][row])
+                or (cut_sources == "at_border" and not fits_at_border(t, row, target))
             )
             assert (q == -np.inf) == out
 
 
 @pytest.mark.parametrize("own_image", [True, False])
 @pytest.mark.parametrize("own_patient", [True, False])
-@pytest.mark.parametrize("refuse_border", [True, False])
-def test_targets_are_those_with_a_candidate(own_image, own_patient, refuse_border):
-    pool, _ = toy_pool(7, 2, border=True, classes=("a", "b", "c"))
+@pytest.mark.parametrize("cut_sources", draws.CUT_SOURCES)
+def test_targets_and_sources_are_those_with_a_partner(own_image, own_patient, cut_sources):
+    pool = cut_pool(7, 2, classes=("a", "b", "c"))
     pool.table.loc[pool.table["image_id"] == "im4", "patient"] = ""
     sampler = Sampler(
         pool, exclude_own_image=own_image, exclude_own_patient=own_patient,
-        refuse_border=refuse_border,
+        cut_sources=cut_sources,
     )  # fmt: skip
     labels = pool.table["label"]
-    expected = [i for i in range(len(pool)) if sampler.allowed(i, pool.of_class(labels[i])).any()]
-    if expected:
+    pairs = np.array([sampler.allowed(i, np.arange(len(pool))) for i in range(len(pool))])
+    pairs &= labels.to_numpy()[:, None] == labels.to_numpy()
+    np.testing.assert_array_equal(sampler.sources(), np.flatnonzero(pairs.any(axis=0)))
+    expected = np.flatnonzero(pairs.any(axis=1))
+    if len(expected):
         np.testing.assert_array_equal(sampler.targets(), expected)
     else:
         with pytest.raises(CompositeError, match="may be replaced"):
@@ -186,8 +221,8 @@ def test_targets_are_those_with_a_candidate(own_image, own_patient, refuse_borde
 def test_a_pool_cut_by_the_border_says_so():
     pool, _ = toy_pool(4, 3)
     pool.table["border"] = True
-    with pytest.raises(CompositeError, match=r"12 are cut by the border.*own_image, refuse"):
-        Sampler(pool).targets()
+    with pytest.raises(CompositeError, match=r"12 are cut by the border.*cut_sources refuse"):
+        Sampler(pool, cut_sources="refuse").targets()
 
 
 def test_unknown_patients_exclude_nothing():
@@ -236,7 +271,7 @@ def test_undo():
 def test_nobody_left_is_a_clear_error():
     pool, images = toy_pool(2, 3)  # one image a class
     sampler = Sampler(pool)
-    with pytest.raises(CompositeError, match="exclude_own_image, refuse_border"):
+    with pytest.raises(CompositeError, match="exclude_own_image, cut_sources at_border"):
         sampler.draw(0, np.random.default_rng(0))
     with pytest.raises(CompositeError, match="'im0'"):
         rep.compose(images["im0"], "im0", pool, sampler, images.get, rng=np.random.default_rng(0))
@@ -246,6 +281,8 @@ def test_nobody_left_is_a_clear_error():
     assert Sampler(pool, exclude_own_image=False).draw(0, np.random.default_rng(0)) in (1, 2)
     with pytest.raises(ValueError, match="cannot be compared"):
         Sampler(pool, same_class=False)
+    with pytest.raises(ValueError, match="cut_sources='never' is unknown: use one of at_border"):
+        Sampler(pool, cut_sources="never")
     with pytest.raises(ValueError, match="penalty=-1"):
         Sampler(pool, penalty=-1)
 

@@ -325,6 +325,107 @@ def test_a_whole_segment_hangs_over_the_border_that_cuts_its_target(centre, shap
     assert place.iou(place.warp_mask(source, affine, shape), target) > 0.9
 
 
+def spot(sides, shape, r=30):
+    """An oval centred on the middle of a side of the image, or on a corner."""
+    h, w = shape
+    x = 0 if "left" in sides else w - 1 if "right" in sides else 0.45 * w
+    y = 0 if "top" in sides else h - 1 if "bottom" in sides else 0.55 * h
+    return ellipse(x, y, r, 0.8 * r, 25, shape)
+
+
+SIDES = ("left", "top", "right", "bottom")
+CORNERS = ("left top", "right top", "right bottom", "left bottom")
+
+
+@pytest.mark.parametrize(
+    ("source_sides", "target_sides"),
+    [(s, t) for s in SIDES for t in SIDES + CORNERS] + [(s, t) for s in CORNERS for t in CORNERS],
+)
+def test_cut_sides_come_to_lie_at_the_border(source_sides, target_sides):
+    """No part of a cut side lies inside the frame, whichever side it goes to."""
+    source, target = spot(source_sides, (150, 190), r=33), spot(target_sides, (160, 140))
+    limits = {"scale_limits": (0.8, 1.25), "stretch_limit": 1.3}
+    affine = place.affine_at_border(source, target, **limits)
+    h, w = source.shape
+    edges = {
+        "left": [(-0.5, y) for y in range(h) if source[y, 0]],
+        "right": [(w - 0.5, y) for y in range(h) if source[y, -1]],
+        "top": [(x, -0.5) for x in range(w) if source[0, x]],
+        "bottom": [(x, h - 0.5) for x in range(w) if source[-1, x]],
+    }
+    cut = np.array([point for name in source_sides.split() for point in edges[name]])
+    x, y = (cut @ affine[:, :2].T + affine[:, 2]).T
+    inside = (x > -0.499) & (x < 140 - 0.501) & (y > -0.499) & (y < 160 - 0.501)
+    assert len(cut) > 20 and not inside.any()
+    large, small = place.axis_scales(affine)
+    assert 0.8 - 1e-9 <= small <= large <= 1.25 + 1e-9 and large / small <= 1.3 + 1e-9
+    matrix = affine[:, :2]
+    assert np.isclose(matrix, 0).sum() == 2  # a quarter turn or its mirror image
+    enough = 0.6 if len(source_sides.split()) < len(target_sides.split()) else 0.8
+    assert place.iou(place.warp_mask(source, affine, target.shape), target) > enough
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_placement_at_the_border_against_a_search_of_all(seed):
+    """Blobs cut at the left side: as good as the best of a grid of turns, scales and shifts."""
+    rng = np.random.default_rng(seed)
+    shape = (72, 64)
+
+    def blob():
+        return np.logical_or.reduce(
+            [ellipse(rng.uniform(-4, 12), rng.uniform(28, 46), *rng.uniform(6, 15, 2),
+                     rng.uniform(0, 180), shape) for _ in range(3)]
+        )  # fmt: skip
+
+    source, target = blob(), blob()
+    affine = place.affine_at_border(source, target, scale_limits=(0.8, 1.25))
+    found = place.iou(place.warp_mask(source, affine, shape), target)
+    best = 0.0
+    for flip in (1, -1):  # a source cut at the left stays left: as it is, or upside down
+        for k in np.linspace(0.8, 1.25, 7):
+            for x in (0, -1, -2, -4):
+                affines = [
+                    np.array([[k, 0, 0.5 * (k - 1) + x], [0, flip * k, 37 - flip * k * 37 + y]])
+                    for y in range(-16, 17, 2)
+                ]
+                masks = place.warp_masks([source] * len(affines), affines, shape)
+                best = max(best, *(place.iou(m, target) for m in masks))
+    assert found > best - 0.02
+
+
+@pytest.mark.parametrize("sides", [*SIDES, *CORNERS])
+def test_a_cut_segment_onto_itself_is_the_identity(sides):
+    mask = spot(sides, (150, 190))
+    np.testing.assert_allclose(place.affine_at_border(mask, mask), np.eye(2, 3), atol=1e-9)
+    held = place.affine_at_border(mask, mask[:, ::-1], mirror=False)
+    assert np.linalg.det(held[:, :2]) > 0
+
+
+def test_cut_sides_that_find_no_place_are_an_error():
+    shape = (150, 190)
+    side, corner, inside = spot("left", shape), spot("left top", shape), spot("", shape)
+    across = np.zeros(shape, bool)
+    across[40:70] = True
+    for source, target, message in (
+        (corner, side, "the left and top side .* whose target reaches the left side"),
+        (side, inside, "reaches no side: draw another"),
+        (inside, side, "reaches no side of its image cannot"),
+        (across, across, "the left and right side"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place.affine_at_border(source, target)
+    with pytest.raises(ValueError, match="empty"):
+        place.affine_at_border(np.zeros(shape, bool), side)
+
+
+def test_sides_of_boxes():
+    boxes = np.array([[0, 5, 10, 9], [3, 0, 17, 2], [0, 0, 20, 15], [4, 4, 4, 11], [4, 4, 4, 4]])
+    expected = [[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    shapes = np.tile([15, 20], (5, 1))
+    np.testing.assert_array_equal(place.border_sides(boxes, shapes), np.array(expected, bool))
+    np.testing.assert_array_equal(place.border_sides(boxes, (15, 20)), np.array(expected, bool))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_source_beyond_the_range_of_sizes_can_fit(seed):
     rng = np.random.default_rng(seed)

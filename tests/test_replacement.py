@@ -253,13 +253,58 @@ def test_only_sources_that_can_fit_are_drawn(monkeypatch):
     for k in range(6):  # so much new area is out of reach: all targets are tried
         with pytest.raises(CompositeError, match="of 7 segments were replaced"):
             rep.compose(
-                images[f"im{k}"], f"im{k}", pool, Sampler(pool, refuse_border=False),
+                images[f"im{k}"], f"im{k}", pool, Sampler(pool, cut_sources="anywhere"),
                 images.__getitem__, stain="none", rng=np.random.default_rng(k),
                 scale_limits=limits, min_fit=wanted, area_range=(0.9, 1.0),
             )  # fmt: skip
     ratio, cut = np.array(drawn).T
     assert (ratio >= low).all() and (ratio[cut == 0] <= high).all()
     assert (ratio[cut == 1] > high).any()  # what is larger may go on beyond the border
+
+
+def cut_pool(size=(96, 120)):
+    """Four images of one class, each with a half disc at another side, brighter than its field."""
+    h, w = size
+    centres = [(0, 50), (60, 0), (w - 1, 40), (50, h - 1)]
+    rows, masks, images = [], {}, {}
+    rng = np.random.default_rng(3)
+    for i, (x, y) in enumerate(centres):
+        rows.append(
+            {"image_id": f"im{i}", "label": "a", "split": "train", "patient": f"p{i}",
+             "dataset": "toy", "height": h, "width": w}
+        )  # fmt: skip
+        masks[f"im{i}"] = ellipse(x, y, 26 + i, 26 + i, 0, size)[None]
+        field = 100 + 10 * i + 80 * masks[f"im{i}"][0][..., None]
+        images[f"im{i}"] = (field + rng.integers(0, 9, (h, w, 3))).astype(np.uint8)
+    segments = collect(pd.DataFrame(rows), masks)
+    assert segments.table["border"].all()
+    return pooling.build(segments, rng.normal(size=(4, 3))), images
+
+
+@pytest.mark.parametrize("target", range(4))
+@pytest.mark.parametrize("gap", ["inpaint", "context"])
+def test_cut_segments_replace_each_other_at_the_border(target, gap):
+    """A half disc of another side covers nearly all of the target, up to the very border."""
+    pool, images = cut_pool()
+    name = f"im{target}"
+    with pytest.raises(CompositeError, match="cut_sources refuse"):
+        rep.compose(
+            images[name], name, pool, Sampler(pool, cut_sources="refuse"), images.get,
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+    made = rep.compose(
+        images[name], name, pool, Sampler(pool), images.get, rng=np.random.default_rng(0),
+        area_range=(0.05, 1), scale_limits=(0.8, 1.25), stain="none", gap=gap, min_fit=0.8,
+    )  # fmt: skip
+    (done,) = made.replacements
+    mask = pool.mask(target)
+    side = np.zeros_like(mask)
+    side[[0, -1]], side[:, [0, -1]] = True, True
+    assert done["cut"] and done["source_row"] != target and done["iou"] > 0.85
+    assert (made.pasted & mask & side).sum() > 0.85 * (mask & side).sum()
+    # What is pasted is the bright half disc, without a row of its dark field at the border.
+    inner = made.pasted & ~made.unknown & mask
+    assert (made.image[inner] > 160).mean() > 0.97
 
 
 def test_a_target_without_a_source_is_passed_over():

@@ -87,13 +87,16 @@ def draw_table(n: int, p: int) -> list[tuple[str, float]]:
     rng = np.random.default_rng(0)
     spread = np.geomspace(8, 0.3, p).astype(np.float32)
     f = rng.standard_normal((n, p), dtype=np.float32) * spread
+    images = image_table(-(-n // A_IMAGE))
+    image_of = np.arange(n) // A_IMAGE
     table = pd.DataFrame(
         {
-            "segment_id": np.arange(n), "image_id": (np.arange(n) // 30).astype(str),
+            "segment_id": np.arange(n), "image_id": images["image_id"].to_numpy()[image_of],
             "label": "a", "patient": "", "dataset": "bench", "border": rng.random(n) < 0.2,
+            "x": 0, "y": 0, "w": SIDE // 4, "h": SIDE // 4, "area": SIDE,
         }
     )  # fmt: skip
-    big = pool.Pool(table, ({},) * n, f, {}, table.head(1))
+    big = pool.Pool(table, ({},) * n, f, {}, images)
     sampler, targets = Sampler(big), rng.integers(n, size=20)
     product, _ = clock(lambda: f @ f[0], repeats=7)
     norm, _ = clock(lambda: np.linalg.norm(f, axis=1), repeats=3)

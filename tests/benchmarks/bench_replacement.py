@@ -22,11 +22,13 @@ from PIL import Image
 from helpers import augment, execute, features, quality, runs
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
-from helpers.replacement import Sampler
+from helpers.replacement import Sampler, effective_sources
 
-#: What is changed of the settings of chapter 04.
+#: What is changed of the settings of chapter 04, of the draws or of the composing.
 CHANGES = {
     "as in chapter 04": {},
+    "cut sources refused": {"cut_sources": "refuse"},
+    "cut sources anywhere": {"cut_sources": "anywhere"},
     "scales 0.8 to 1.25": {"scale_limits": (0.8, 1.25)},
     "scales 0.5 to 2": {"scale_limits": (0.5, 2.0), "stretch_limit": 2.0},
     "placed by moments": {"method": "moments"},
@@ -36,7 +38,7 @@ CHANGES = {
 
 
 def settings() -> dict[str, object]:
-    """Arguments of :func:`helpers.replacement.compose` as chapter 04 gives them."""
+    """Arguments of the sampler and of :func:`helpers.replacement.compose`, as of chapter 04."""
     p = execute.parameters_cell("04_probabilistic_replacement")
     return {
         "area_range": (p["area_min"], p["area_max"]),
@@ -45,7 +47,7 @@ def settings() -> dict[str, object]:
         "stretch_limit": p["stretch_max"],
         "min_fit": p["fit_min"],
         "tries": p["fit_tries"],
-        **{name: p[name] for name in ("stain", "band", "feather", "gap")},
+        **{name: p[name] for name in ("stain", "band", "feather", "gap", "cut_sources")},
     }
 
 
@@ -96,10 +98,12 @@ def replaced(
     """One row a setting: kernel distances of crops of `n` composites a class."""
     for name, change in CHANGES.items():
         start = time.perf_counter()
+        options = settings() | change
+        sampler = Sampler(pool, cut_sources=options.pop("cut_sources"))
         pieces = augment.compose_all(
-            pool, Sampler(pool), image, n_per_class=n, labels=classes,
+            pool, sampler, image, n_per_class=n, labels=classes,
             rng_of=lambda label, k: np.random.default_rng([zlib.crc32(label.encode()), k]),
-            **settings() | change,
+            **options,
         )  # fmt: skip
         made = [p.composite for p in pieces if p.composite is not None]
         seconds = time.perf_counter() - start
@@ -114,6 +118,7 @@ def replaced(
             "replaced": 1000 * quality.mmd2(real, after),
             "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
             "images": len(made),
+            "sources": effective_sources(sampler.counts),
             "crops": len(places),
             "s/image": seconds / max(len(made), 1),
         }
