@@ -14,7 +14,7 @@ import difflib
 import html
 import types
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "CHAPTERS",
@@ -139,6 +142,10 @@ class SuperpixelPrompting(WithDevice):
     n_points: Annotated[int, Field(ge=1, le=1000, description="prompts a superpixel, K")]
     sam_checkpoint: Annotated[
         str, Field(min_length=1, description="small, vit_b, vit_l, vit_h, or a file")
+    ]
+    sam_precision: Annotated[
+        Literal["full", "bfloat16"],
+        Field(description="of SAM's matrix products; bfloat16 where the hardware has it"),
     ]
     points_per_batch: Annotated[Positive, Field(description="prompts decoded at once")]
     mask_choice: Annotated[
@@ -488,6 +495,13 @@ def torch_device(device: str) -> str:
     if device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps', but torch sees none here: use device='auto' or 'cpu'")
     return device
+
+
+def torch_dtype(precision: str) -> torch.dtype | None:
+    """Lower precision that a parameter stands for: ``torch.bfloat16``, or None for "full"."""
+    import torch
+
+    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def _model(chapter: str) -> type[Common]:

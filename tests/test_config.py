@@ -151,6 +151,8 @@ def test_the_table_shows_name_value_and_meaning():
 def test_auto_is_a_device_that_is_there():
     assert config.torch_device("auto") in {"cpu", "cuda"}
     assert config.torch_device("cpu") == "cpu"
+    assert config.torch_dtype("full") is None
+    assert str(config.torch_dtype("bfloat16")) == "torch.bfloat16"
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -1,8 +1,10 @@
 """Phase 1: the fast path against the literal form of the paper, and against its bare passes.
 
+The literal form runs on the model as the package `segment_anything` builds it.
 ``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and
 ``--side`` change the size, ``--checkpoint vit_b --random`` times the official architecture
-without weights, ``--literal 20`` extrapolates the literal form from 20 of its prompts, which is
+without weights, ``--bf16`` asks in lower precision where the hardware has it (the literal form
+stays as it is), ``--literal 20`` extrapolates the literal form from 20 of its prompts, which is
 what takes long there.
 """
 
@@ -14,6 +16,7 @@ import time
 
 import numpy as np
 import torch
+from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
 from helpers.superpixels import draw_points, superpixels
@@ -30,13 +33,13 @@ def clock(work, *, repeats: int = 1, timer=time.perf_counter):
     return best, result
 
 
-def bare(model, image, n_points: int, batch: int) -> float:
+def bare(model, image, n_points: int, batch: int, dtype: torch.dtype | None) -> float:
     """Seconds of one encoder pass and of decoder passes for `n_points` prompts."""
     xy = torch.rand(1, batch, 1, 2) * model.image_encoder.img_size
     ones = torch.ones(1, batch, 1)
 
     def passes():
-        features = sam.embed(model, image).features
+        features = sam.embed(model, image, dtype=dtype).features
         side = sam.image_side(model, features)
         for _ in range(-(-n_points // batch)):
             sam.decode(
@@ -48,8 +51,18 @@ def bare(model, image, n_points: int, batch: int) -> float:
                 side=side,
             )
 
-    with torch.no_grad():
+    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype is not None)
+    with torch.no_grad(), lower:
         return clock(passes)[0]
+
+
+def as_built(model, kind: str):
+    """The same weights in the model of the package, without this project's attention."""
+    if kind not in sam_model_registry:
+        return model
+    plain = sam_model_registry[kind]().eval().requires_grad_(False)
+    plain.load_state_dict(model.state_dict())
+    return plain.to(model.device)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -57,6 +70,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="small")
     parser.add_argument("--random", action="store_true", help="random weights, for timing only")
+    parser.add_argument("--bf16", action="store_true", help="lower precision of the fast form")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--side", type=int, default=256)
@@ -69,6 +83,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = model.to(sam.resolve_device(options.device))
     else:
         model = sam.load_sam(options.checkpoint, device=options.device)
+    plain = as_built(model, options.checkpoint)
     batch = sam.default_batch(model)
     rows = []
     for i in range(options.images):
@@ -77,31 +92,33 @@ def main(argv: list[str] | None = None) -> list[dict]:
         labels = superpixels(image, options.segments)
         points = draw_points(labels, options.points, rng=np.random.default_rng(i))
 
-        rows.append(_row(model, image, points, options.literal, batch))
+        dtype = torch.bfloat16 if options.bf16 else None
+        rows.append(_row(model, plain, image, points, options.literal, batch, dtype))
     _print(rows, options, batch)
     return rows
 
 
-def _row(model, image, points, n_literal, batch) -> dict:
+def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
     """Times and agreement of one image."""
     n, k, _ = points.shape
 
     def fast():
-        proposals = sam.propose(model, sam.embed(model, image), points.reshape(-1, 2))
+        embedding = sam.embed(model, image, dtype=dtype)
+        proposals = sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype)
         return anchors.choose_anchors(proposals, n)[0], proposals
 
     def rounds():
-        embedding = sam.embed(model, image)
-        proposals, asked = anchors.ask_in_rounds(model, embedding, points)
+        embedding = sam.embed(model, image, dtype=dtype)
+        proposals, asked = anchors.ask_in_rounds(model, embedding, points, how={"dtype": dtype})
         return anchors.choose_anchors(proposals, n, asked=asked)[0], asked
 
     fast()  # warm up
     quick, (index, proposals) = clock(fast)
     early, (stopped, asked) = clock(rounds)
-    slow, same = _literal(model, image, points, n_literal, index, proposals)
+    slow, same = _literal(plain, image, points, n_literal, index, proposals)
     masks = proposals.masks()
     kept = [_iou(masks[a], masks[b]) for a, b in zip(index, stopped, strict=True) if a >= 0]
-    needed = bare(model, image, n * k, batch)
+    needed = bare(model, image, n * k, batch, dtype)
     return {
         "prompts": n * k,
         "literal_s": slow,
@@ -141,6 +158,7 @@ def _iou(a, b):
 def _print(rows, options, batch) -> None:
     print(
         f"phase 1, {options.checkpoint}{' (random)' if options.random else ''}, "
+        f"{'bfloat16' if options.bf16 else 'full precision'}, "
         f"{options.side} px, {torch.get_num_threads()} threads, batches of {batch}"
     )
     print("  ".join(f"{key:>12}" for key in rows[0]))
