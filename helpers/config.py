@@ -209,6 +209,10 @@ class ProbabilisticReplacement(Common):
     stain: Annotated[
         Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
     ]
+    seam_out: Annotated[
+        Natural, Field(description="how far the seam may leave its outline outwards, pixels")
+    ]
+    seam_in: Annotated[Natural, Field(description="and inwards")]
     feather: Annotated[Natural, Field(description="fading on either side of its outline, pixels")]
     band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]

@@ -3,12 +3,13 @@
 A segment of the target image is taken out and a similar one of the same class is put in its place.
 What remains to be healed, the seam and the pixels that the new segment does not cover, is the
 *unknown* region that chapter 05 repaints. Draws are those of :mod:`helpers.draws`, placement and
-warps those of :mod:`helpers.placement`, stain matching that of :mod:`helpers.stain`.
+warps those of :mod:`helpers.placement`, stain matching that of :mod:`helpers.stain`, the seam that
+of :mod:`helpers.seam`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +32,8 @@ from helpers.placement import (
     warp_mask,
 )
 from helpers.pool import Pool
-from helpers.stain import apply_stain, measure_stain
+from helpers.seam import fade, least_cut
+from helpers.stain import apply_stain, match_stain, measure_stain
 
 __all__ = [
     "PLACEMENTS",
@@ -41,6 +43,7 @@ __all__ = [
     "compose",
     "effective_sources",
     "paste",
+    "paste_again",
     "unknown_region",
 ]
 
@@ -67,6 +70,7 @@ def paste(
     *,
     fill: str = "surround",
     gap: str = "inpaint",
+    seam: tuple[int, int] = (0, 0),
     feather: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take the target segment out and put the warped source segment in.
@@ -87,6 +91,10 @@ def paste(
         What becomes of the target pixels that the source segment does not cover: left to be
         repainted, as in the paper, or covered with the tissue that surrounds the source segment in
         its own image. Where that image ends before the target does, the target stays as it was.
+    seam : tuple of int
+        Pixels by which the outline may move outwards and inwards, to where both images differ
+        least (:func:`helpers.seam.least_cut`). Only where `gap` is "context": without the
+        surroundings of the source there is nothing to choose from.
     feather : int
         Pixels on either side of the pasted outline over which the source fades into what the image
         showed there; 0 cuts hard.
@@ -100,7 +108,7 @@ def paste(
     Raises
     ------
     ValueError
-        If `fill` or `gap` is unknown, or `feather` negative.
+        If `fill` or `gap` is unknown, or `seam` or `feather` negative.
     """
     if fill not in ("surround", "black"):
         raise ValueError(f"fill={fill!r} is unknown: use 'surround' or 'black'")
@@ -109,7 +117,8 @@ def paste(
     if feather < 0:
         raise ValueError(f"feather={feather}: give 0 or more pixels")
     shape = image.shape[:2]
-    margin = max(2, feather)
+    outwards, inwards = seam if gap == "context" else (0, 0)
+    margin = max(2, feather) + outwards
     window = reach(source_mask, affine, shape, margin=margin)
     if gap == "context":
         window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
@@ -121,19 +130,61 @@ def paste(
         return out, pasted_mask
     local = affine - np.array([[0, 0, window[1].start], [0, 0, window[0].start]])
     here = warp_mask(source_mask, local, size)
-    if gap == "context":
-        here |= target_mask[window] & warp_mask(np.ones_like(source_mask), local, size)
-    pasted_mask[window] = here
     source = warp_image(source_image, local, size)
+    if gap == "context":
+        there = warp_mask(np.ones_like(source_mask), local, size)
+        here |= target_mask[window] & there
+        if outwards or inwards:
+            here = least_cut(
+                source, image[window], here, outwards=outwards, inwards=inwards, available=there
+            )
+    pasted_mask[window] = here
     np.copyto(out[window], source, where=here[..., None])
     if feather:
-        share = _faded(here, feather)
+        share = fade(here, feather)
         mixed = share * source + (1 - share) * image[window]
         edge = (share > 0) & (share < 1)
         if gap == "inpaint":  # what is uncovered of the target stays out
             edge &= (here | ~target_mask[window])[..., None]
         np.copyto(out[window], mixed.round().astype(np.uint8), where=edge)
     return out, pasted_mask
+
+
+def paste_again(
+    image: np.ndarray,
+    replacements: Sequence[Mapping[str, Any]],
+    pool: Pool,
+    get_image: Callable[[str], np.ndarray],
+    **how: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The replacements of a composite, pasted in another way.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+        Target image.
+    replacements : sequence of mapping
+        Of :attr:`Composite.replacements`, or of a record of provenance.
+    pool : Pool
+    get_image : callable
+        image_id -> (h, w, 3) uint8 ndarray, for the sources.
+    **how
+        `fill`, `gap`, `seam`, `feather` of :func:`paste`.
+
+    Returns
+    -------
+    image, pasted : ndarray
+        As of :func:`paste`, for all replacements together.
+    """
+    out, pasted = image, np.zeros(image.shape[:2], bool)
+    repainted = how.get("gap", "inpaint") == "inpaint"
+    for done in replacements:
+        donor = match_stain(get_image(done["source_image"]), image, method=done["stain"])
+        target, source = pool.mask(done["target_row"]), pool.mask(done["source_row"])
+        out, here = paste(out, target, donor, source, np.asarray(done["affine"]), **how)
+        removed = target if repainted else here
+        pasted = (pasted & ~removed) | here
+    return out, pasted
 
 
 def unknown_region(
@@ -209,6 +260,7 @@ def compose(
     band: int = 3,
     fill: str = "surround",
     gap: str = "inpaint",
+    seam: tuple[int, int] = (0, 0),
     feather: int = 0,
     max_overlap: float = 0.5,
     min_fit: float = 0.0,
@@ -242,7 +294,7 @@ def compose(
     stain : {"reinhard", "macenko", "none"}
         Stain matching, see :func:`helpers.stain.match_stain`. Where an image has too little tissue
         to measure a stain on, the paste keeps its colours and the record says "none".
-    band, fill, gap, feather
+    band, fill, gap, seam, feather
         As in :func:`unknown_region` and :func:`paste`. What is faded has to lie in the band, so
         that known pixels show one image only.
     max_overlap : float
@@ -283,6 +335,7 @@ def compose(
         band,
         fill,
         gap,
+        seam,
         feather,
         area_range[1],
         max_overlap,
@@ -324,6 +377,7 @@ class _Options:
     band: int
     fill: str
     gap: str
+    seam: tuple[int, int]
     feather: int
     area_max: float
     max_overlap: float
@@ -393,7 +447,7 @@ class _Work:
         donor, stain = self._stained(get_image(source_id), source_mask, source_id)
         image, pasted = paste(
             self.image, target_mask, donor, source_mask, affine,
-            fill=o.fill, gap=o.gap, feather=o.feather,
+            fill=o.fill, gap=o.gap, seam=o.seam, feather=o.feather,
         )  # fmt: skip
         removed = target_mask if o.gap == "inpaint" else pasted
         unknown = (self.unknown & ~pasted) | unknown_region(removed, pasted, band=o.band)
@@ -497,17 +551,6 @@ def _hull(a: tuple[slice, slice], b: tuple[slice, slice]) -> tuple[slice, slice]
     return tuple(
         slice(min(x.start, y.start), max(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
     )
-
-
-def _faded(mask: np.ndarray, feather: int) -> np.ndarray:
-    """Share of the source, (h, w, 1): linear across the outline of a mask, 1 inside, 0 outside."""
-    inside, outside = (
-        cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        for part in (mask, ~mask)
-    )
-    depth = np.where(mask, inside - 0.5, 0.5 - outside)  # the outline lies between two pixels
-    share = np.where(inside + outside <= feather, 0.5 + depth / (2 * feather), mask)
-    return share[..., None]
 
 
 def _rim_colour(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

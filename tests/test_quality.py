@@ -143,3 +143,59 @@ def test_bad_input(features):
         quality.seam_score([_painted(mask)], [], [_painted(mask)], [mask])
     with pytest.raises(ValueError, match="nothing to compare"):
         quality.seam_score([_painted(mask)], [np.zeros_like(mask)], [_painted(mask)], [mask])
+
+
+# --- detection of seams ---
+
+
+def test_strips_follow_the_outline_from_outside_to_inside():
+    """A disc of another grey: dark outside, bright inside, the step between pixels 8 and 9."""
+    y, x = np.mgrid[:90, :110]
+    mask = np.hypot(x - 50, y - 44) < 25
+    image = np.where(mask[..., None], 200, 50).astype(np.uint8).repeat(3, 2)
+    strips = quality.outline_strips(image, mask)
+    assert strips.shape[1:] == (32, 17, 3) and len(strips) == 4
+    assert (strips[:, :, :6] == 50).all() and (strips[:, :, 10:] == 200).all()
+    cut = np.roll(mask, -40, axis=1)
+    assert len(quality.outline_strips(image, cut)) < 4
+    assert quality.outline_strips(image, np.zeros_like(mask)).shape == (0, 32, 17, 3)
+
+
+def pasted_noise(contrast, n=16):
+    """Noise images, and the same with a disc of other noise, brighter by `contrast`."""
+    rng = np.random.default_rng(6)
+    y, x = np.mgrid[:80, :100]
+    originals, images, masks = [], [], []
+    for _ in range(n):
+        one, other = (
+            128 + 90 * ndimage.gaussian_filter(rng.normal(size=(80, 100, 3)), (2, 2, 0))
+            for _ in range(2)
+        )
+        mask = np.hypot(x - rng.uniform(42, 58), y - rng.uniform(36, 44)) < 22
+        mixed = np.where(mask[..., None], other + contrast, one)
+        originals.append(one.clip(0, 255).astype(np.uint8))
+        images.append(mixed.clip(0, 255).astype(np.uint8))
+        masks.append(mask)
+    return images, originals, masks
+
+
+def test_a_hard_paste_is_detected_and_an_unchanged_image_is_not():
+    images, originals, masks = pasted_noise(10)
+    names = [str(k) for k in range(len(images))]
+    assert quality.seam_detection(images, originals, masks, groups=names) > 0.95
+    # Other images of the same kind, nothing pasted: chance.
+    other = [image[::-1].copy() for image in originals]
+    assert abs(quality.seam_detection(other, originals, masks, groups=names) - 0.5) < 0.15
+    soft = []
+    for image, original, mask in zip(images, originals, masks, strict=True):
+        share = ndimage.gaussian_filter(mask.astype(float), 5)[..., None]
+        soft.append((share * image + (1 - share) * original).astype(np.uint8))
+    hard = quality.seam_detection(images, originals, masks, groups=names)
+    assert quality.seam_detection(soft, originals, masks, groups=names) < hard
+
+
+def test_detection_needs_two_originals_and_one_of_each():
+    images, originals, masks = pasted_noise(10, n=2)
+    assert np.isnan(quality.seam_detection(images, originals, masks, groups=["a", "a"]))
+    with pytest.raises(ValueError, match="1 groups: give one of each"):
+        quality.seam_detection(images, originals, masks, groups=["a"])

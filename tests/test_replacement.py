@@ -10,6 +10,7 @@ from helpers import pool as pooling
 from helpers import replacement as rep
 from helpers.placement import affine_from_moments, size_range, warp_image, warp_mask
 from helpers.replacement import CompositeError, Sampler
+from helpers.seam import cut_cost
 from helpers.segment_table import collect
 from tests.test_placement import egg, ellipse
 
@@ -377,6 +378,49 @@ def test_context_ends_where_the_source_image_ends():
     changed = (faded != image).any(-1)
     near = ndimage.binary_dilation(pasted, iterations=2)
     assert (changed & ~pasted).any() and not (changed & ~near).any()
+
+
+def test_the_seam_moves_within_its_reach_and_only_with_context():
+    rng = np.random.default_rng(5)
+    image, donor = (
+        (128 + 200 * ndimage.gaussian_filter(rng.normal(size=(120, 150, 3)), (3, 3, 0)))
+        .clip(0, 255).astype(np.uint8)
+        for _ in range(2)
+    )  # fmt: skip
+    source, target = (
+        ellipse(70, 50, 24, 16, 10, (120, 150)),
+        ellipse(80, 60, 24, 16, 40, (120, 150)),
+    )
+    affine = affine_from_moments(source, target)
+    how = {"gap": "context", "feather": 1}
+    _, plain = rep.paste(image, target, donor, source, affine, **how)
+    out, moved = rep.paste(image, target, donor, source, affine, seam=(6, 2), **how)
+    far_out = ndimage.distance_transform_edt(~plain) > 7
+    far_in = ndimage.distance_transform_edt(plain) > 3
+    assert (moved != plain).any() and not (moved & far_out).any() and moved[far_in].all()
+    there = warp_image(donor, affine, image.shape[:2])
+    assert cut_cost(there, image, moved) < 0.8 * cut_cost(there, image, plain)
+    away = ndimage.distance_transform_edt(~moved) > 2
+    np.testing.assert_array_equal(out[away], image[away])
+    for seam in ((0, 0), (6, 2)):
+        _, same = rep.paste(image, target, donor, source, affine, gap="inpaint", seam=seam)
+        np.testing.assert_array_equal(same, rep.paste(image, target, donor, source, affine)[1])
+    with pytest.raises(ValueError, match="outwards=-1"):
+        rep.paste(image, target, donor, source, affine, gap="context", seam=(-1, 3))
+
+
+@pytest.mark.parametrize("gap", ["inpaint", "context"])
+def test_records_paste_the_same_again(gap):
+    pool, images = toy_pool()
+    how = {"gap": gap, "seam": (4, 1), "feather": 1}
+    made = rep.compose(
+        images["im1"], "im1", pool, Sampler(pool), images.get, rng=np.random.default_rng(2), **how
+    )
+    image, pasted = rep.paste_again(images["im1"], made.replacements, pool, images.get, **how)
+    assert (pasted != made.pasted).mean() < 1e-3
+    assert (np.abs(image.astype(int) - made.image).max(-1) > 3).mean() < 0.02
+    hard, _ = rep.paste_again(images["im1"], made.replacements, pool, images.get, gap=gap)
+    assert (hard != made.image).any()
 
 
 def test_a_paste_out_of_the_frame_pastes_nothing():

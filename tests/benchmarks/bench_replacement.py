@@ -33,7 +33,8 @@ CHANGES = {
     "scales 0.5 to 2": {"scale_limits": (0.5, 2.0), "stretch_limit": 2.0},
     "placed by moments": {"method": "moments"},
     "no stain matching": {"stain": "none"},
-    "hard edge": {"feather": 0},
+    "seam on the outline": {"seam": (0, 0)},
+    "hard edge": {"seam": (0, 0), "feather": 0},
 }
 
 
@@ -47,6 +48,7 @@ def settings() -> dict[str, object]:
         "stretch_limit": p["stretch_max"],
         "min_fit": p["fit_min"],
         "tries": p["fit_tries"],
+        "seam": (p["seam_out"], p["seam_in"]),
         **{name: p[name] for name in ("stain", "band", "feather", "gap", "cut_sources")},
     }
 
