@@ -33,7 +33,7 @@ def value(chapter, name):
     if name in VALUES:
         return VALUES[name]
     model = config.CHAPTERS[chapter]
-    for guess in (2, 0.5, True, "small", "best", "reinhard", None, [1]):
+    for guess in (2, 0.5, True, "small", "best", "reinhard", "full", "refuse", None, [1]):
         try:
             model(**{name: guess})
         except ValueError as error:
