@@ -219,6 +219,35 @@ class ProbabilisticReplacement(Common):
     area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
     n_composites: Annotated[Positive, Field(description="composites made a class")]
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Arguments of :class:`helpers.draws.Sampler`."""
+        names = ("exclude_own_image", "exclude_own_patient", "cut_sources")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Arguments of the placements of :mod:`helpers.placement`."""
+        return {
+            "scale_limits": (self.scale_min, self.scale_max),
+            "stretch_limit": self.stretch_max,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`helpers.replacement.compose`."""
+        return self.limits | {
+            "area_range": (self.area_min, self.area_max),
+            "method": self.placement,
+            "stain": self.stain,
+            "band": self.band,
+            "min_fit": self.fit_min,
+            "tries": self.fit_tries,
+            "gap": self.gap,
+            "seam": (self.seam_out, self.seam_in),
+            "feather": self.feather,
+        }
+
     @model_validator(mode="after")
     def _ordered(self) -> ProbabilisticReplacement:
         for low, high in (("scale_min", "scale_max"), ("area_min", "area_max")):

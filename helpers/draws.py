@@ -475,9 +475,9 @@ class Sampler:
     def _rules(self) -> list[str]:
         names = ("exclude_own_image", "exclude_own_patient")
         rules = [name for name in names if getattr(self, name)]
-        return rules + (
-            [] if self.cut_sources == "anywhere" else [f"cut_sources {self.cut_sources}"]
-        )
+        if self.cut_sources != "anywhere":
+            rules.append(f"cut_sources {self.cut_sources}")
+        return rules
 
     def _sides(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
         """Sides of its image that a source wants its target to be cut by, and those that cut each.

@@ -190,9 +190,8 @@ def affine_by_fit(
     )  # fmt: skip
     radius = np.sqrt(np.count_nonzero(target_mask) / np.pi)
     vary = _variations(start, moments(target_mask)[0], radius, scale_limits, stretch_limit)
-    best = _best_overlap(source_mask, target_mask, vary, [0.08, 0.08, 0.15, 0.15, 0.08, 0.15])
-    overlap = _overlaps(source_mask, target_mask, [start, best])
-    return [start, best][int(overlap[1] > overlap[0])]
+    steps = [0.08, 0.08, 0.15, 0.15, 0.08, 0.15]
+    return _improved(source_mask, target_mask, start, vary, steps)
 
 
 def affine_at_border(
@@ -235,19 +234,17 @@ def affine_at_border(
 
         def vary(parameters: np.ndarray) -> np.ndarray:
             x, y, size, stretched = parameters
-            scale = base * np.exp(size + np.array([stretched, -stretched]) / 2)
-            matrix = np.diag(_limited(scale, scale_limits, stretch_limit)) @ turn
+            scale = _varied(base, size, stretched, scale_limits, stretch_limit)
+            matrix = np.diag(scale) @ turn
             return outwards(_about(matrix, c_s, c_t + radius * np.array([x, y])))
 
         return vary
 
     every = [variations(turn) for turn in turns]
     starts = [vary(np.zeros(4)) for vary in every]
-    overlap = _overlaps(source_mask, target_mask, starts)
-    first = int(np.argmax(overlap))
-    best = _best_overlap(source_mask, target_mask, every[first], [0.08, 0.08, 0.08, 0.15])
-    better = _overlaps(source_mask, target_mask, [best])[0] > overlap[first]
-    return best if better else starts[first]
+    first = int(np.argmax(_overlaps(source_mask, target_mask, starts)))
+    steps = [0.08, 0.08, 0.08, 0.15]
+    return _improved(source_mask, target_mask, starts[first], every[first], steps)
 
 
 def border_sides(boxes: np.ndarray, shapes: np.ndarray | tuple[int, int]) -> np.ndarray:
@@ -292,13 +289,17 @@ def size_range(scale_limits: tuple[float, float], min_fit: float) -> tuple[float
     return min_fit / high**2, 1 / (min_fit * low**2) if min_fit else np.inf
 
 
-def _best_overlap(
+def _improved(
     source_mask: np.ndarray,
     target_mask: np.ndarray,
+    start: np.ndarray,
     vary: Callable[[np.ndarray], np.ndarray],
     steps: Sequence[float],
 ) -> np.ndarray:
-    """Affine of a family, `vary`, that overlaps most, by the simplex method on small pictures."""
+    """Affine of a family, `vary`, that overlaps most, by the simplex method on small pictures.
+
+    `start` is kept where at full size it overlaps as much.
+    """
     small_target, to_small = _small(target_mask, margin=0.25)
     small_source, from_source = _small(source_mask, margin=0.02)
     from_small = cv2.invertAffineTransform(from_source)
@@ -314,7 +315,9 @@ def _best_overlap(
     zero = np.zeros(len(steps))
     simplex = np.vstack([zero, np.diag(steps)])
     options = {"initial_simplex": simplex, "maxfev": _FIT_STEPS}
-    return vary(minimize(loss, zero, method="Nelder-Mead", options=options).x)
+    best = vary(minimize(loss, zero, method="Nelder-Mead", options=options).x)
+    overlap = _overlaps(source_mask, target_mask, [start, best])
+    return best if overlap[1] > overlap[0] else start
 
 
 def _overlaps(
@@ -372,8 +375,7 @@ def _variations(affine, centre, radius, limits, stretch):
 
     def vary(parameters: np.ndarray) -> np.ndarray:
         x, y, after, before, size, stretched = parameters
-        varied = scale * np.exp(size + np.array([stretched, -stretched]) / 2)
-        varied = _limited(varied, limits, stretch)
+        varied = _varied(scale, size, stretched, limits, stretch)
         turned = _turn(after) @ left @ np.diag(varied) @ _turn(before) @ right
         return _about(turned, fixed, centre + radius * np.array([x, y]))
 
@@ -591,6 +593,13 @@ def _limited(scale: np.ndarray, limits: tuple[float, float], stretch: float) -> 
     mean = np.sqrt(scale[0] * scale[1])
     half = np.sqrt(stretch)
     return np.clip(np.clip(scale, mean / half, mean * half), *limits)
+
+
+def _varied(
+    scale: np.ndarray, size: float, stretched: float, limits: tuple[float, float], stretch: float
+) -> np.ndarray:
+    """Scales of the two axes, changed by the logarithms of a size and of a ratio, then limited."""
+    return _limited(scale * np.exp(size + np.array([stretched, -stretched]) / 2), limits, stretch)
 
 
 def _axes(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ from helpers.placement import (
     warp_mask,
 )
 from helpers.pool import Pool
-from helpers.seam import fade, least_cut
+from helpers.seam import disc, fade, least_cut
 from helpers.stain import apply_stain, match_stain, measure_stain
 
 __all__ = [
@@ -207,10 +207,9 @@ def unknown_region(
         raise ValueError(f"band={band}: give 0 or more pixels")
     unknown = target_mask & ~pasted_mask
     if band and pasted_mask.any():
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * band + 1, 2 * band + 1))
         pasted = np.ascontiguousarray(pasted_mask, np.uint8)
         # OpenCV's morphological gradient: dilation minus erosion, the image border left out.
-        unknown |= cv2.morphologyEx(pasted, cv2.MORPH_GRADIENT, disc).astype(bool)
+        unknown |= cv2.morphologyEx(pasted, cv2.MORPH_GRADIENT, disc(band)).astype(bool)
     return unknown
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["cut_cost", "fade", "least_cut"]
+__all__ = ["cut_cost", "disc", "fade", "least_cut"]
 
 
 def least_cut(
@@ -59,8 +59,8 @@ def least_cut(
     available = np.ones_like(mask) if available is None else available
     # The border of the frame is no outline: beyond it, everything goes on as it is.
     border = {"borderType": cv2.BORDER_REPLICATE}
-    most = cv2.dilate(mask.astype(np.uint8), _disc(outwards), **border).astype(bool) & available
-    least = cv2.erode(mask.astype(np.uint8), _disc(inwards), **border).astype(bool) & available
+    most = cv2.dilate(mask.astype(np.uint8), disc(outwards), **border).astype(bool) & available
+    least = cv2.erode(mask.astype(np.uint8), disc(inwards), **border).astype(bool) & available
     if not least.any() or most.all():  # nothing to choose from
         return mask & available
     may = [255 * side.astype(np.uint8) for side in (most, ~least)]
@@ -115,5 +115,6 @@ def fade(mask: np.ndarray, width: int) -> np.ndarray:
     return share[..., None]
 
 
-def _disc(radius: int) -> np.ndarray:
+def disc(radius: int) -> np.ndarray:
+    """Disc for morphology, (2 radius + 1, 2 radius + 1) uint8 ndarray."""
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)

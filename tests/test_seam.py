@@ -52,8 +52,8 @@ def test_the_cut_is_the_minimum_cut(seed):
     source, target = pictures(seed, shape)
     mask = ellipse(26, 21, 12, 9, 20 * seed, shape)
     found = seam.least_cut(source, target, mask, outwards=5, inwards=2)
-    most = ndimage.binary_dilation(mask, seam._disc(5).astype(bool))
-    least = ndimage.binary_erosion(mask, seam._disc(2).astype(bool))
+    most = ndimage.binary_dilation(mask, seam.disc(5).astype(bool))
+    least = ndimage.binary_erosion(mask, seam.disc(2).astype(bool))
     assert (least <= found).all() and (found <= most).all()
     optimum = least_cost(source, target, least, most)
     assert optimum <= seam.cut_cost(source, target, found) <= 1.001 * optimum

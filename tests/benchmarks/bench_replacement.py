@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import augment, execute, features, quality, runs
+from helpers import augment, config, execute, features, quality, runs
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
 from helpers.replacement import Sampler, effective_sources
@@ -40,17 +40,9 @@ CHANGES = {
 
 def settings() -> dict[str, object]:
     """Arguments of the sampler and of :func:`helpers.replacement.compose`, as of chapter 04."""
-    p = execute.parameters_cell("04_probabilistic_replacement")
-    return {
-        "area_range": (p["area_min"], p["area_max"]),
-        "method": p["placement"],
-        "scale_limits": (p["scale_min"], p["scale_max"]),
-        "stretch_limit": p["stretch_max"],
-        "min_fit": p["fit_min"],
-        "tries": p["fit_tries"],
-        "seam": (p["seam_out"], p["seam_in"]),
-        **{name: p[name] for name in ("stain", "band", "feather", "gap", "cut_sources")},
-    }
+    chapter = "04_probabilistic_replacement"
+    p = config.build(chapter, execute.parameters_cell(chapter))
+    return p.options | {"cut_sources": p.cut_sources}
 
 
 def turn(angle: float) -> np.ndarray:
