@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -119,6 +120,7 @@ def inpaint(
     mask_rule: str = "all",
     fill: str | None = None,
     detail: bool | None = None,
+    ramp: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | int | None = None,
     batch: int | None = None,
     progress: bool = False,
@@ -146,6 +148,9 @@ def inpaint(
         Add what the autoencoder lost of the image, x - D(E(x)), to the unknown pixels, so that
         healing changes what the latents changed and leaves the rest sharp. Needs ``fill="keep"``;
         by default with ``strength`` < 1.
+    ramp : int, optional
+        Pixels, from the known ones inwards, over which the change sets in, so that no line shows
+        where repainting begins. Needs ``fill="keep"``; by default 2 with ``strength`` < 1, else 0.
     generator : torch.Generator, sequence of N torch.Generator, or int
         Source of the noise. Each image draws from its own generator, so that its result does not
         depend on its companions.
@@ -175,6 +180,8 @@ def inpaint(
         fill = "keep" if from_image else "nearest"
     if detail is None:
         detail = from_image and fill == "keep"
+    if ramp is None:
+        ramp = 2 if from_image and fill == "keep" else 0
     if mask_rule not in ("all", "any") or fill not in ("nearest", "keep"):
         raise ValueError(
             f"mask_rule={mask_rule!r}, fill={fill!r}: use 'all' or 'any', and 'nearest' or 'keep'"
@@ -183,6 +190,11 @@ def inpaint(
         raise ValueError(
             f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
             "use fill='keep'"
+        )
+    if ramp < 0 or (ramp and fill != "keep"):
+        raise ValueError(
+            f"ramp={ramp}, fill={fill!r}: give 0 or more pixels; more than 0 mixes with what the "
+            "unknown pixels hold, which needs fill='keep'"
         )
     if context is not None and context < 0:
         raise ValueError(f"context={context}: give 0 or more pixels, or None for the whole image")
@@ -207,6 +219,7 @@ def inpaint(
             )
             for i, picture in zip(part, done, strict=True):
                 out[i][areas[i]] = picture
+                out[i] = _set_in(images[i], out[i], unknown[i], ramp)
 
         _in_batches(run, same, batch or len(same), generators)
     return out
@@ -284,9 +297,19 @@ def _inpaint_batch(
         decoded = model.decode(z)
         if detail:
             decoded = decoded + x - model.decode(z_y)
-        decoded = to_uint8(decoded)[:, :H, :W]
-    # Composite in uint8: pixels that were known stay bit-identical.
-    return np.where(unknown[..., None], decoded, images)
+        return to_uint8(decoded)[:, :H, :W]
+
+
+def _set_in(image: np.ndarray, painted: np.ndarray, unknown: np.ndarray, ramp: int) -> np.ndarray:
+    """Unknown pixels as painted, from the known ones inwards more and more so.
+
+    Composited in uint8: known pixels stay bit-identical.
+    """
+    if not ramp:
+        return np.where(unknown[..., None], painted, image)
+    depth = cv2.distanceTransform(unknown.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    share = np.minimum(depth / (ramp + 1), 1)[..., None]
+    return (share * painted + (1 - share) * image).round().astype(np.uint8)
 
 
 def noise_strip(

@@ -32,7 +32,7 @@ from helpers.placement import (
     warp_mask,
 )
 from helpers.pool import Pool
-from helpers.seam import disc, fade, least_cut
+from helpers.seam import FADE_REACH, blend, disc, fade, least_cut
 from helpers.stain import apply_stain, match_stain, measure_stain
 
 __all__ = [
@@ -96,8 +96,8 @@ def paste(
         least (:func:`helpers.seam.least_cut`). Only where `gap` is "context": without the
         surroundings of the source there is nothing to choose from.
     feather : int
-        Pixels on either side of the pasted outline over which the source fades into what the image
-        showed there; 0 cuts hard.
+        Width in pixels of the fading of the source into what the image showed along its outline,
+        see :func:`helpers.seam.fade` and :func:`helpers.seam.blend`; 0 cuts hard.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def paste(
         raise ValueError(f"feather={feather}: give 0 or more pixels")
     shape = image.shape[:2]
     outwards, inwards = seam if gap == "context" else (0, 0)
-    margin = max(2, feather) + outwards
+    margin = max(2, FADE_REACH * feather) + outwards
     window = reach(source_mask, affine, shape, margin=margin)
     if gap == "context":
         window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
@@ -142,11 +142,10 @@ def paste(
     np.copyto(out[window], source, where=here[..., None])
     if feather:
         share = fade(here, feather)
-        mixed = share * source + (1 - share) * image[window]
         edge = (share > 0) & (share < 1)
         if gap == "inpaint":  # what is uncovered of the target stays out
             edge &= (here | ~target_mask[window])[..., None]
-        np.copyto(out[window], mixed.round().astype(np.uint8), where=edge)
+        np.copyto(out[window], blend(source, image[window], share), where=edge)
     return out, pasted_mask
 
 
@@ -532,10 +531,11 @@ def _check_compose(
         raise ValueError(f"stain={stain!r} is unknown: use reinhard, macenko or none")
     if tries < 1:
         raise ValueError(f"tries={tries}: draw at least once for a target")
-    if feather > band:
+    if feather * FADE_REACH > band:
         raise ValueError(
-            f"feather={feather} is wider than band={band}: faded pixels would pass as known ones; "
-            "lower the first or raise the second"
+            f"feather={feather} changes {FADE_REACH * feather} pixels on either side, more than "
+            f"band={band}: faded pixels would pass as known ones; lower the first or raise the "
+            "second"
         )
 
 

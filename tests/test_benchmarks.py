@@ -63,3 +63,21 @@ def test_every_change_is_of_a_setting_of_chapter_04():
     for change in bench_replacement.CHANGES.values():
         assert change.keys() <= settings.keys()
         assert not change or settings | change != settings
+
+
+@pytest.mark.parametrize("name", bench_replacement.MIXES)
+def test_ways_to_mix_show_the_source_inside_and_the_target_outside(name):
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(100, 150, (2, 90, 120, 3), dtype=np.uint8)
+    mask = np.zeros((90, 120), bool)
+    mask[20:70, 30:90] = True
+    mix = bench_replacement.MIXES[name]
+    before = source.copy(), target.copy()
+    out = mix(source, target, mask)
+    assert out.dtype == np.uint8 and out.shape == target.shape
+    assert np.array_equal(source, before[0]) and np.array_equal(target, before[1])
+    if name != "five bands":  # as wide as the picture
+        np.testing.assert_array_equal(out[:8], target[:8])
+    inner = out[40:50, 55:65].astype(float) - source[40:50, 55:65]
+    assert np.abs(inner - inner.mean()).max() <= 4  # the texture of the source, up to its level
+    assert np.abs(mix(source, source, mask).astype(int) - source).max() <= 1

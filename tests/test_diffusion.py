@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from helpers import diffusion
 from helpers.diffusion import METHODS, SOLVERS, fill_unknown, inpaint, noise_strip, spawn, windows
@@ -90,7 +91,7 @@ def test_what_the_hole_holds_does_not_matter(model, pair, content):
 def test_detail_keeps_what_the_autoencoder_loses(model, pair, monkeypatch):
     """Where the latents come back as they were, so does the image, whatever the decoder does."""
     images, unknown = pair
-    options = {"steps": 1, "strength": 0.001, "generator": 3}
+    options = {"steps": 1, "strength": 0.001, "generator": 3, "ramp": 0}
     as_it_was = lambda eps, z, *rest, **more: z  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(diffusion, "inpaint_latents", as_it_was)
@@ -109,6 +110,25 @@ def test_detail_keeps_what_the_autoencoder_loses(model, pair, monkeypatch):
     assert inner.any() and np.abs((with_it - without - lost)[inner]).max() <= 1.01
     with pytest.raises(ValueError, match="detail=True takes detail"):
         inpaint(model, images, unknown, detail=True, steps=2)
+
+
+@pytest.mark.parametrize("context", [None, 0])
+def test_the_change_sets_in_over_the_ramp(model, pair, context):
+    """The first pixels take a third and two thirds of it, wherever the window ends."""
+    images, unknown = pair
+    options = {"steps": 2, "strength": 0.3, "generator": 3, "context": context}
+    full = inpaint(model, images, unknown, ramp=0, **options).astype(int)
+    eased = inpaint(model, images, unknown, **options)
+    assert np.array_equal(eased, inpaint(model, images, unknown, ramp=2, **options))
+    depth = np.stack([ndimage.distance_transform_edt(u) for u in unknown])[..., None]
+    expected = images + np.minimum(depth / 3, 1) * (full - images)
+    assert (full != images).any() and np.abs(eased - expected).max() <= 0.51
+    assert np.array_equal(eased[~unknown], images[~unknown])
+    whole = inpaint(model, images, unknown, steps=1, generator=3)  # from pure noise: at once
+    assert np.array_equal(whole, inpaint(model, images, unknown, steps=1, generator=3, ramp=0))
+    for wrong in ({"ramp": 1, "fill": "nearest"}, {"ramp": -1}):
+        with pytest.raises(ValueError, match=f"ramp={wrong['ramp']}, fill="):
+            inpaint(model, images, unknown, **(options | wrong))
 
 
 def test_any_size_and_no_hole_or_nothing_else(model):

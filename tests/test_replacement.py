@@ -10,7 +10,7 @@ from helpers import pool as pooling
 from helpers import replacement as rep
 from helpers.placement import affine_from_moments, size_range, warp_image, warp_mask
 from helpers.replacement import CompositeError, Sampler
-from helpers.seam import cut_cost
+from helpers.seam import blend, cut_cost, fade
 from helpers.segment_table import collect
 from tests.test_placement import egg, ellipse
 
@@ -69,8 +69,8 @@ def test_paste_changes_nothing_beyond_target_and_paste():
 
 
 @pytest.mark.parametrize("gap", ["inpaint", "context"])
-@pytest.mark.parametrize("feather", [1, 2, 5])
-def test_a_feathered_outline_fades_within_its_width(feather, gap):
+@pytest.mark.parametrize("feather", [1, 2])
+def test_a_feathered_outline_fades_within_its_reach(feather, gap):
     rng = np.random.default_rng(1)
     image, donor = rng.integers(0, 256, (2, 160, 200, 3), dtype=np.uint8)
     source, target = ellipse(60, 60, 30, 14, 10), ellipse(120, 90, 30, 25, 70)
@@ -79,18 +79,19 @@ def test_a_feathered_outline_fades_within_its_width(feather, gap):
     soft, same = rep.paste(image, target, donor, source, affine, gap=gap, feather=feather)
     np.testing.assert_array_equal(same, pasted)
     inside, outside = (ndimage.distance_transform_edt(part) for part in (pasted, ~pasted))
-    far = inside + outside > feather
-    np.testing.assert_array_equal(soft[far], hard[far])
+    far = inside + outside > 3 * feather
+    np.testing.assert_array_equal(soft[far & ~pasted], hard[far & ~pasted])
+    # The window moves the origin, and with it the rounding of a position.
+    assert np.abs(soft[far].astype(int) - hard[far]).max() <= 1
     gap_left = target & ~pasted
     np.testing.assert_array_equal(soft[gap_left], hard[gap_left])  # the target stays out
     assert (soft != hard).any()
-    whole = warp_image(donor, affine, (160, 200)).astype(float)
-    for y, x in np.argwhere(~far & ~gap_left)[::37]:
-        d = inside[y, x] - 0.5 if pasted[y, x] else 0.5 - outside[y, x]
-        share = 0.5 + d / (2 * feather)
-        expected = share * whole[y, x] + (1 - share) * image[y, x]
-        assert np.abs(soft[y, x] - expected).max() <= 1.6
-    within = rep.unknown_region(target, pasted, band=feather)
+    # The same as blending whole frames: the window is not to be seen.
+    whole = warp_image(donor, affine, (160, 200))
+    expected = blend(whole, image, fade(pasted, feather)).astype(int)
+    near = ~far & ~gap_left
+    assert np.abs(soft.astype(int) - expected)[near].max() <= 2
+    within = rep.unknown_region(target, pasted, band=3 * feather)
     assert within[~far].all()  # what is faded is never known
     flat = np.full_like(image, 90)
     even, _ = rep.paste(flat, target, flat, source, affine, gap="context", feather=feather)
@@ -102,10 +103,12 @@ def test_feather_errors():
     with pytest.raises(ValueError, match="feather=-1"):
         rep.paste(image, mask, image, mask, np.eye(2, 3), feather=-1)
     pool, images = toy_pool(8, 6)
-    with pytest.raises(ValueError, match="feather=3 is wider than band=2"):
+    with pytest.raises(
+        ValueError, match="feather=1 changes 3 pixels on either side, more than band=2"
+    ):
         rep.compose(
             images["im0"], "im0", pool, Sampler(pool), images.__getitem__,
-            rng=np.random.default_rng(0), band=2, feather=3,
+            rng=np.random.default_rng(0), band=2, feather=1,
         )  # fmt: skip
 
 
@@ -151,14 +154,14 @@ def test_the_image_border_is_no_outline():
 
 @pytest.mark.parametrize("method", ["moments", "boxes"])
 @pytest.mark.parametrize(
-    ("stain", "feather"), [("reinhard", 0), ("reinhard", 2), ("macenko", 0), ("none", 1)]
+    ("stain", "feather"), [("reinhard", 0), ("reinhard", 1), ("macenko", 0), ("none", 1)]
 )
 def test_composite_keeps_its_promises(method, stain, feather):
     pool, images = toy_pool(8, 6)
     sampler = Sampler(pool)
     c = rep.compose(
         images["im0"], "im0", pool, sampler, images.__getitem__, rng=np.random.default_rng(0),
-        area_range=(0.3, 0.9), method=method, stain=stain, band=2, feather=feather,
+        area_range=(0.3, 0.9), method=method, stain=stain, band=3, feather=feather,
     )  # fmt: skip
     assert (c.image_id, c.label) == ("im0", "a")
     np.testing.assert_array_equal(c.original, images["im0"])
@@ -376,7 +379,7 @@ def test_context_ends_where_the_source_image_ends():
     faded, again = rep.paste(image, target, donor, source, affine, gap="context", feather=2)
     np.testing.assert_array_equal(again, pasted)
     changed = (faded != image).any(-1)
-    near = ndimage.binary_dilation(pasted, iterations=2)
+    near = ndimage.distance_transform_edt(~pasted) <= 3 * 2
     assert (changed & ~pasted).any() and not (changed & ~near).any()
 
 
@@ -400,7 +403,7 @@ def test_the_seam_moves_within_its_reach_and_only_with_context():
     assert (moved != plain).any() and not (moved & far_out).any() and moved[far_in].all()
     there = warp_image(donor, affine, image.shape[:2])
     assert cut_cost(there, image, moved) < 0.8 * cut_cost(there, image, plain)
-    away = ndimage.distance_transform_edt(~moved) > 2
+    away = ndimage.distance_transform_edt(~moved) > 3
     np.testing.assert_array_equal(out[away], image[away])
     for seam in ((0, 0), (6, 2)):
         _, same = rep.paste(image, target, donor, source, affine, gap="inpaint", seam=seam)

@@ -109,3 +109,94 @@ def test_seam_errors(bad):
     image = np.zeros((9, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="give 0 or more pixels"):
         seam.least_cut(image, image, np.ones((9, 8), bool), **bad)
+
+
+# --- fading ---------------------------------------------------------------------------------------
+
+
+def test_the_share_is_a_tanh_of_the_distance_and_ends_at_its_reach():
+    mask = ellipse(26, 21, 12, 9, 30, (44, 53))
+    share = seam.fade(mask, 1.5)[..., 0]
+    inside, outside = (ndimage.distance_transform_edt(part) for part in (mask, ~mask))
+    for y, x in np.argwhere(np.ones_like(mask))[::7]:
+        d = inside[y, x] - 0.5 if mask[y, x] else 0.5 - outside[y, x]
+        expected = (1 + np.tanh(d / 1.5)) / 2 if abs(d) <= 4 else float(mask[y, x])
+        assert share[y, x] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(seam.fade(~mask, 1.5), 1 - seam.fade(mask, 1.5), atol=1e-6)
+    line = seam.fade(np.arange(20)[None].repeat(9, 0) < 10, 1)[4, :, 0]
+    left = np.abs(line - (np.arange(20) < 10))
+    assert (np.diff(line) <= 0).all() and 0 < left[left > 0].min() < 0.01  # a grey level of 127
+
+
+def literal_blend(source, target, share, sigma):
+    """Pixel by pixel, with scipy's Gaussian."""
+
+    def smooth(x, s):
+        r = int(np.ceil(4 * s))
+        return ndimage.gaussian_filter(x, s, mode="mirror", radius=r)
+
+    out = np.empty(source.shape)
+    layers = [
+        [(smooth(c, sigma), c - smooth(c, sigma)) for c in np.moveaxis(image.astype(float), -1, 0)]
+        for image in (source, target)
+    ]
+    h, w = share.shape[:2]
+    moments = {
+        (a, b): smooth(
+            np.mean([layers[a][k][1] * layers[b][k][1] for k in range(3)], axis=0), 2 * sigma
+        )
+        for a, b in ((0, 0), (0, 1), (1, 1))
+    }
+    for y in range(h):
+        for x in range(w):
+            power = moments[0, 0][y, x] * moments[1, 1][y, x]
+            rho = max(moments[0, 1][y, x], 0) / np.sqrt(max(power, 1e-3))
+            v = share[y, x, 0]
+            contrast = np.sqrt(v**2 + (1 - v) ** 2 + 2 * v * (1 - v) * rho)
+            for k in range(3):
+                (ls, hs), (lt, ht) = (layers[i][k] for i in (0, 1))
+                out[y, x, k] = v * ls[y, x] + (1 - v) * lt[y, x]
+                out[y, x, k] += (v * hs[y, x] + (1 - v) * ht[y, x]) / contrast
+    return out.clip(0, 255)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.5])
+def test_blend_is_its_formula(sigma):
+    rng = np.random.default_rng(3)
+    source, target = rng.integers(30, 220, (2, 23, 31, 3), dtype=np.uint8)
+    target[:, :12] = (0.7 * target[:, :12] + 0.3 * source[:, :12]).astype(np.uint8)  # correlated
+    share = rng.uniform(size=(23, 31, 1))
+    found = seam.blend(source, target, share, sigma=sigma)
+    assert found.dtype == np.uint8
+    assert np.abs(found - literal_blend(source, target, share, sigma)).max() <= 0.6
+
+
+def test_blending_keeps_the_contrast_of_independent_textures():
+    """The mean of two has 0.71 of their contrast, the blend all of it, wherever it is measured."""
+    rng = np.random.default_rng(4)
+    source, target = rng.normal(128, 20, (2, 300, 40, 3)).clip(0, 255).round().astype(np.uint8)
+    share = np.full((300, 40, 1), 0.5)
+
+    def contrast(image):
+        fine = image - ndimage.gaussian_filter(image.astype(float), (1, 1, 0))
+        return fine[8:-8, 8:-8].std()
+
+    before = contrast(source)
+    mean = contrast((source.astype(float) + target) / 2)
+    assert mean == pytest.approx(before / np.sqrt(2), rel=0.02)
+    assert contrast(seam.blend(source, target, share)) == pytest.approx(before, rel=0.04)
+
+
+def test_equal_images_are_left_as_they_are_and_so_are_the_ends():
+    rng = np.random.default_rng(5)
+    source, target = rng.integers(0, 256, (2, 20, 26, 3), dtype=np.uint8)
+    share = rng.uniform(size=(20, 26, 1))
+    np.testing.assert_array_equal(seam.blend(source, source, share), source)
+    np.testing.assert_array_equal(seam.blend(source, target, np.ones((20, 26, 1))), source)
+    np.testing.assert_array_equal(seam.blend(source, target, np.zeros((20, 26, 1))), target)
+    np.testing.assert_array_equal(
+        seam.blend(source, target, share), seam.blend(target, source, 1 - share)
+    )
+    flat = [np.full((9, 8, 3), v, np.uint8) for v in (10, 250)]
+    half = np.full((9, 8, 1), 0.5)
+    np.testing.assert_array_equal(seam.blend(*flat, half), np.full((9, 8, 3), 130))

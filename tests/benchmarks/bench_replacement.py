@@ -3,7 +3,8 @@
 ``python -m tests.benchmarks.bench_replacement`` measures kernel distances (KID x 1000) on the pool
 of a finished run, ``--run NAME`` on that of another. The first table warps whole segments in their
 own images, so that nothing but the warp can tell them from real ones; the second replaces segments
-with one setting of chapter 04 changed at a time, without any healing.
+with one setting of chapter 04 changed at a time, without any healing; the third mixes source and
+target along the same seams in other ways.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -22,7 +24,9 @@ from PIL import Image
 from helpers import augment, config, execute, features, quality, runs
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
-from helpers.replacement import Sampler, effective_sources
+from helpers.replacement import Composite, Sampler, effective_sources, paste
+from helpers.seam import blend, fade
+from helpers.stain import match_stain
 
 #: What is changed of the settings of chapter 04, of the draws or of the composing.
 CHANGES = {
@@ -86,20 +90,27 @@ def warped(pool: Pool, rows: np.ndarray, image, embed, rng: np.random.Generator)
     return pd.DataFrame({"KID x 1000": found, "n": len(whole)})
 
 
+def composed(
+    pool: Pool, classes: list[str], image, n: int, **change: object
+) -> tuple[list[Composite], Sampler]:
+    """`n` composites a class with a change of the settings of chapter 04, and their sampler."""
+    options = settings() | change
+    sampler = Sampler(pool, cut_sources=options.pop("cut_sources"))
+    pieces = augment.compose_all(
+        pool, sampler, image, n_per_class=n, labels=classes,
+        rng_of=lambda label, k: np.random.default_rng([zlib.crc32(label.encode()), k]),
+        **options,
+    )  # fmt: skip
+    return [p.composite for p in pieces if p.composite is not None], sampler
+
+
 def replaced(
     pool: Pool, classes: list[str], image, embed, real: np.ndarray, n: int
 ) -> Iterator[dict]:
     """One row a setting: kernel distances of crops of `n` composites a class."""
     for name, change in CHANGES.items():
         start = time.perf_counter()
-        options = settings() | change
-        sampler = Sampler(pool, cut_sources=options.pop("cut_sources"))
-        pieces = augment.compose_all(
-            pool, sampler, image, n_per_class=n, labels=classes,
-            rng_of=lambda label, k: np.random.default_rng([zlib.crc32(label.encode()), k]),
-            **options,
-        )  # fmt: skip
-        made = [p.composite for p in pieces if p.composite is not None]
+        made, sampler = composed(pool, classes, image, n, **change)
         seconds = time.perf_counter() - start
         places = [(c, pool.mask(r["target_row"])) for c in made for r in c.replacements]
         before, after = (
@@ -115,6 +126,87 @@ def replaced(
             "sources": effective_sources(sampler.counts),
             "crops": len(places),
             "s/image": seconds / max(len(made), 1),
+        }
+
+
+# --- ways to mix ----------------------------------------------------------------------------------
+
+
+def mean(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Weighted mean, with the share of the source as of the helper."""
+    share = fade(mask, 1)
+    return (share * source + (1 - share) * target).round().astype(np.uint8)
+
+
+def bands(source: np.ndarray, target: np.ndarray, mask: np.ndarray, *, n: int = 1) -> np.ndarray:
+    """Laplacian pyramids, each level mixed by the mask of its own size (Burt and Adelson 1983)."""
+    layers = [np.float32(source), np.float32(target), np.float32(mask[..., None].repeat(3, 2))]
+    details = []
+    for _ in range(n):
+        smaller = [cv2.pyrDown(layer) for layer in layers]
+        s, t = (
+            layer - cv2.pyrUp(small, dstsize=layer.shape[1::-1])
+            for layer, small in zip(layers[:2], smaller[:2], strict=True)
+        )
+        details.append(layers[2] * s + (1 - layers[2]) * t)
+        layers = smaller
+    s, t, share = layers
+    out = share * s + (1 - share) * t
+    for detail in reversed(details):
+        out = cv2.pyrUp(out, dstsize=detail.shape[1::-1]) + detail
+    return out.round().clip(0, 255).astype(np.uint8)
+
+
+def poisson(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Gradients of the source from the colours of the target (Perez et al. 2003)."""
+    inner = np.pad(255 * mask[1:-1, 1:-1].astype(np.uint8), 1)
+    if not inner.any():
+        return np.where(mask[..., None], source, target)
+    x, y, width, height = cv2.boundingRect(inner)
+    centre = (x + width // 2, y + height // 2)
+    return cv2.seamlessClone(source, target, inner, centre, cv2.NORMAL_CLONE)
+
+
+#: (source, target, mask) to an image.
+MIXES: dict[str, Callable[..., np.ndarray]] = {
+    "hard": lambda source, target, mask: np.where(mask[..., None], source, target),
+    "weighted mean": mean,
+    "two bands": bands,
+    "five bands": lambda *images: bands(*images, n=4),
+    "Poisson": poisson,
+    "contrast kept": lambda source, target, mask: blend(source, target, fade(mask, 1)),
+}
+
+
+def mixed(
+    made: list[Composite], pool: Pool, image, embed, real: np.ndarray, seam: tuple[int, int]
+) -> Iterator[dict]:
+    """One row a way to mix: kernel distance of the crops, and how well the seam is detected."""
+    originals = [c.original for c in made]
+    for name, mix in MIXES.items():
+        pictures, masks = [], []
+        for c in made:
+            out, pasted = c.original, np.zeros(c.pasted.shape, bool)
+            for done in c.replacements:
+                donor = match_stain(image(done["source_image"]), c.original, method=done["stain"])
+                target, source = pool.mask(done["target_row"]), pool.mask(done["source_row"])
+                affine = np.asarray(done["affine"])
+                _, here = paste(out, target, donor, source, affine, gap="context", seam=seam)
+                out = mix(warp_image(donor, affine, here.shape), out, here)
+                pasted |= here
+            pictures.append(out)
+            masks.append(pasted)
+        crops = embed(
+            features.crop(picture, pool.mask(r["target_row"]))
+            for picture, c in zip(pictures, made, strict=True)
+            for r in c.replacements
+        )
+        yield {
+            "mixed by": name,
+            "KID x 1000": 1000 * quality.mmd2(real, crops),
+            "detected": quality.seam_detection(
+                pictures, originals, masks, groups=[c.image_id for c in made]
+            ),
         }
 
 
@@ -155,6 +247,9 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     print(warped(pool, rows, image, embed, rng).to_string(float_format="{:.2f}".format))
     table = pd.DataFrame(replaced(pool, classes, image, embed, real, options.n_per_class))
     print(table.set_index("setting").to_string(float_format="{:.2f}".format))
+    made, _ = composed(pool, classes, image, options.n_per_class)
+    ways = pd.DataFrame(mixed(made, pool, image, embed, real, settings()["seam"]))
+    print(ways.set_index("mixed by").to_string(float_format="{:.2f}".format))
     return table
 
 
