@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from helpers.seam import FADE_REACH
+from helpers.seam import BLEND_REACH
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +215,9 @@ class ProbabilisticReplacement(Common):
         Natural, Field(description="how far the seam may leave its outline outwards, pixels")
     ]
     seam_in: Annotated[Natural, Field(description="and inwards")]
-    feather: Annotated[Natural, Field(description="width of the fading along its outline, pixels")]
+    feather: Annotated[
+        Natural, Field(description="width of the blending along its outline, pixels")
+    ]
     band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
     area_max: Annotated[Fraction, Field(description="largest new-area ratio")]
@@ -258,10 +260,10 @@ class ProbabilisticReplacement(Common):
                     f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: "
                     f"lower {low} or raise {high}"
                 )
-        if self.feather * FADE_REACH > self.band:
+        if self.feather * BLEND_REACH > self.band:
             raise ValueError(
-                f"feather={self.feather} changes {FADE_REACH * self.feather} pixels on either "
-                f"side, more than band={self.band}: faded pixels would pass as known ones; lower "
+                f"feather={self.feather} changes {BLEND_REACH * self.feather} pixels on either "
+                f"side, more than band={self.band}: blended pixels would pass as known ones; lower "
                 "feather or raise band"
             )
         return self

@@ -120,7 +120,7 @@ def inpaint(
     mask_rule: str = "all",
     fill: str | None = None,
     detail: bool | None = None,
-    ramp: int | None = None,
+    ramp: int = 2,
     generator: torch.Generator | Sequence[torch.Generator] | int | None = None,
     batch: int | None = None,
     progress: bool = False,
@@ -148,9 +148,9 @@ def inpaint(
         Add what the autoencoder lost of the image, x - D(E(x)), to the unknown pixels, so that
         healing changes what the latents changed and leaves the rest sharp. Needs ``fill="keep"``;
         by default with ``strength`` < 1.
-    ramp : int, optional
-        Pixels, from the known ones inwards, over which the change sets in, so that no line shows
-        where repainting begins. Needs ``fill="keep"``; by default 2 with ``strength`` < 1, else 0.
+    ramp : int
+        Pixels, from the known ones inwards, over which the image that the encoder sees gives way to
+        what was made anew, so that no line shows where repainting begins.
     generator : torch.Generator, sequence of N torch.Generator, or int
         Source of the noise. Each image draws from its own generator, so that its result does not
         depend on its companions.
@@ -180,8 +180,6 @@ def inpaint(
         fill = "keep" if from_image else "nearest"
     if detail is None:
         detail = from_image and fill == "keep"
-    if ramp is None:
-        ramp = 2 if from_image and fill == "keep" else 0
     if mask_rule not in ("all", "any") or fill not in ("nearest", "keep"):
         raise ValueError(
             f"mask_rule={mask_rule!r}, fill={fill!r}: use 'all' or 'any', and 'nearest' or 'keep'"
@@ -191,11 +189,8 @@ def inpaint(
             f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
             "use fill='keep'"
         )
-    if ramp < 0 or (ramp and fill != "keep"):
-        raise ValueError(
-            f"ramp={ramp}, fill={fill!r}: give 0 or more pixels; more than 0 mixes with what the "
-            "unknown pixels hold, which needs fill='keep'"
-        )
+    if ramp < 0:
+        raise ValueError(f"ramp={ramp}: give 0 or more pixels")
     if context is not None and context < 0:
         raise ValueError(f"context={context}: give 0 or more pixels, or None for the whole image")
     N = len(images)
@@ -204,22 +199,23 @@ def inpaint(
         raise ValueError(f"{len(generators)} generators for {N} images: give one each, or one")
     options = {**sampling, "progress": progress, "callback": callback}
     out, areas = images.copy(), windows(unknown, context, model.multiple)
-    for same in _same_size([i for i in range(N) if unknown[i].any()], areas):
+    todo = [i for i in range(N) if unknown[i].any()]
+    seen = {i: images[i] if fill == "keep" else fill_unknown(images[i], unknown[i]) for i in todo}
+    for same in _same_size(todo, areas):
 
         def run(part: list[int]) -> None:
             done = _inpaint_batch(
                 model,
-                np.stack([images[i][areas[i]] for i in part]),
+                np.stack([seen[i][areas[i]] for i in part]),
                 np.stack([unknown[i][areas[i]] for i in part]),
                 [generators[i] for i in part],
                 mask_rule,
-                fill,
                 detail,
                 options,
             )
             for i, picture in zip(part, done, strict=True):
                 out[i][areas[i]] = picture
-                out[i] = _set_in(images[i], out[i], unknown[i], ramp)
+                out[i] = _set_in(seen[i], out[i], unknown[i], ramp)
 
         _in_batches(run, same, batch or len(same), generators)
     return out
@@ -270,21 +266,19 @@ def _check(images: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _inpaint_batch(
     model: LatentDiffusion, images: np.ndarray, unknown: np.ndarray,
-    generators: Sequence[torch.Generator], mask_rule: str, fill: str, detail: bool,
+    generators: Sequence[torch.Generator], mask_rule: str, detail: bool,
     options: dict[str, Any],
 ) -> np.ndarray:  # fmt: skip
     H, W = images.shape[1:3]
     pads = [(0, 0), (0, -H % model.multiple), (0, -W % model.multiple)]
     hole = np.pad(unknown, pads, mode="symmetric")
-    pasted = np.pad(images, [*pads, (0, 0)], mode="symmetric")
-    if fill == "nearest":
-        pasted = np.stack([fill_unknown(*pair) for pair in zip(pasted, hole, strict=True)])
+    seen = np.pad(images, [*pads, (0, 0)], mode="symmetric")
     if mask_rule == "all":
         m = latent_known(~hole, model.factor)
     else:
         m = 1.0 - latent_known(hole, model.factor)
     with torch.no_grad():
-        x = to_tensor(pasted, device=model.device)
+        x = to_tensor(seen, device=model.device)
         z_y = model.encode(x)
         z = inpaint_latents(
             model.eps,
@@ -300,16 +294,16 @@ def _inpaint_batch(
         return to_uint8(decoded)[:, :H, :W]
 
 
-def _set_in(image: np.ndarray, painted: np.ndarray, unknown: np.ndarray, ramp: int) -> np.ndarray:
+def _set_in(seen: np.ndarray, painted: np.ndarray, unknown: np.ndarray, ramp: int) -> np.ndarray:
     """Unknown pixels as painted, from the known ones inwards more and more so.
 
-    Composited in uint8: known pixels stay bit-identical.
+    `seen` holds the image where it is known. Composited in uint8: known pixels stay bit-identical.
     """
     if not ramp:
-        return np.where(unknown[..., None], painted, image)
+        return np.where(unknown[..., None], painted, seen)
     depth = cv2.distanceTransform(unknown.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     share = np.minimum(depth / (ramp + 1), 1)[..., None]
-    return (share * painted + (1 - share) * image).round().astype(np.uint8)
+    return (share * painted + (1 - share) * seen).round().astype(np.uint8)
 
 
 def noise_strip(

@@ -32,7 +32,7 @@ from helpers.placement import (
     warp_mask,
 )
 from helpers.pool import Pool
-from helpers.seam import FADE_REACH, blend, disc, fade, least_cut
+from helpers.seam import BLEND_REACH, blend, disc, least_cut, near_outline
 from helpers.stain import apply_stain, match_stain, measure_stain
 
 __all__ = [
@@ -96,8 +96,8 @@ def paste(
         least (:func:`helpers.seam.least_cut`). Only where `gap` is "context": without the
         surroundings of the source there is nothing to choose from.
     feather : int
-        Width in pixels of the fading of the source into what the image showed along its outline,
-        see :func:`helpers.seam.fade` and :func:`helpers.seam.blend`; 0 cuts hard.
+        Width in pixels of the blending of both images along the outline of the source, see
+        :func:`helpers.seam.blend`; it changes three times as many on either side. 0 cuts hard.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def paste(
         raise ValueError(f"feather={feather}: give 0 or more pixels")
     shape = image.shape[:2]
     outwards, inwards = seam if gap == "context" else (0, 0)
-    margin = max(2, FADE_REACH * feather) + outwards
+    margin = max(2, BLEND_REACH * feather) + outwards
     window = reach(source_mask, affine, shape, margin=margin)
     if gap == "context":
         window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
@@ -141,11 +141,11 @@ def paste(
     pasted_mask[window] = here
     np.copyto(out[window], source, where=here[..., None])
     if feather:
-        share = fade(here, feather)
-        edge = (share > 0) & (share < 1)
+        edge = near_outline(here, BLEND_REACH * feather)
         if gap == "inpaint":  # what is uncovered of the target stays out
-            edge &= (here | ~target_mask[window])[..., None]
-        np.copyto(out[window], blend(source, image[window], share), where=edge)
+            edge &= here | ~target_mask[window]
+        mixed = blend(source, image[window], here, feather)
+        np.copyto(out[window], mixed, where=edge[..., None])
     return out, pasted_mask
 
 
@@ -293,7 +293,7 @@ def compose(
         Stain matching, see :func:`helpers.stain.match_stain`. Where an image has too little tissue
         to measure a stain on, the paste keeps its colours and the record says "none".
     band, fill, gap, seam, feather
-        As in :func:`unknown_region` and :func:`paste`. What is faded has to lie in the band, so
+        As in :func:`unknown_region` and :func:`paste`. What is blended has to lie in the band, so
         that known pixels show one image only.
     max_overlap : float
         Share of a target that may be new already.
@@ -531,10 +531,10 @@ def _check_compose(
         raise ValueError(f"stain={stain!r} is unknown: use reinhard, macenko or none")
     if tries < 1:
         raise ValueError(f"tries={tries}: draw at least once for a target")
-    if feather * FADE_REACH > band:
+    if feather * BLEND_REACH > band:
         raise ValueError(
-            f"feather={feather} changes {FADE_REACH * feather} pixels on either side, more than "
-            f"band={band}: faded pixels would pass as known ones; lower the first or raise the "
+            f"feather={feather} changes {BLEND_REACH * feather} pixels on either side, more than "
+            f"band={band}: blended pixels would pass as known ones; lower the first or raise the "
             "second"
         )
 

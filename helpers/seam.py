@@ -2,15 +2,15 @@
 
 Where the surroundings of a segment come along, its outline need not be the place where its image
 ends. The seam may run where both images show nearly the same [kwatra]_: then there is little to
-hide. What is left of it fades over a few pixels without losing contrast [heitz]_, and chapter 05
+hide. What is left of it fades over a few pixels without losing contrast [burt]_, and chapter 05
 repaints it.
 
 References
 ----------
 .. [kwatra] Kwatra et al., Graphcut textures: image and video synthesis using graph cuts,
    SIGGRAPH 2003.
-.. [heitz] Heitz and Neyret, High-performance by-example noise using a histogram-preserving
-   blending operator, Proceedings of the ACM on Computer Graphics and Interactive Techniques, 2018.
+.. [burt] Burt and Adelson, A multiresolution spline with application to image mosaics, ACM
+   Transactions on Graphics, 1983.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["FADE_REACH", "blend", "cut_cost", "disc", "fade", "least_cut"]
+__all__ = ["BLEND_REACH", "blend", "cut_cost", "disc", "least_cut", "near_outline"]
 
-#: A fade ends at this many times its width: what is left there is less than a grey level.
-FADE_REACH = 3
+#: Blending ends at this many times its width: what is left there is about a grey level.
+BLEND_REACH = 3
 
 
 def least_cut(
@@ -99,76 +99,60 @@ def cut_cost(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
     )
 
 
-def fade(mask: np.ndarray, width: float) -> np.ndarray:
-    r"""Share of the source across the outline of a mask, from 1 inside to 0 outside.
+def blend(source: np.ndarray, target: np.ndarray, mask: np.ndarray, width: float) -> np.ndarray:
+    r"""Put the source into the mask without an edge, and without losing contrast along it.
 
-    .. math:: w = \tfrac{1}{2} (1 + \tanh(d / \text{width}))
-
-    with d the distance from the outline, positive inside. Beyond :data:`FADE_REACH` widths, one
-    image is all there is.
-
-    Parameters
-    ----------
-    mask : (h, w) bool ndarray
-    width : float
-        Pixels, above 0; at this distance the share is 0.88 inside, 0.12 outside.
-
-    Returns
-    -------
-    (h, w, 1) float ndarray
-    """
-    inside, outside = (
-        cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        for part in (mask, ~mask)
-    )
-    depth = np.where(mask, inside - 0.5, 0.5 - outside)  # the outline lies between two pixels
-    near = inside + outside <= FADE_REACH * width
-    return np.where(near, 0.5 + 0.5 * np.tanh(depth / width), mask)[..., None]
-
-
-def blend(
-    source: np.ndarray, target: np.ndarray, share: np.ndarray, *, sigma: float = 1.0
-) -> np.ndarray:
-    r"""Mix two images without losing contrast on the way from one to the other.
-
-    The mean of two textures that know nothing of each other has less contrast than either, which
-    gives a faded outline away. So each image is split into what a Gaussian passes, L, and the
-    detail H that it takes away, and the mixture of details is brought back to their contrast
-    [heitz]_,
+    The weighted mean of two textures has less contrast than either, which gives a faded outline
+    away. So only what is coarse fades, and what is fine changes from one pixel to the next
+    [burt]_, here in two bands of full size. With G a Gaussian and M the mask,
 
     .. math::
-        w L_s + (1 - w) L_t
-        + \frac{w H_s + (1 - w) H_t}{\sqrt{w^2 + (1 - w)^2 + 2 w (1 - w) \rho}}.
-
-    :math:`\rho \ge 0` is the correlation of both details around the pixel: 1 where both images
-    are the same, which leaves them as they are, 0 where they are independent, as in [heitz]_.
+        G\bigl[(GM)\,(Gs) + (1 - GM)\,(Gt)\bigr] +
+        \begin{cases} s - GGs & \text{inside} \\ t - GGt & \text{outside.} \end{cases}
 
     Parameters
     ----------
-    source, target : (h, w, 3) ndarray
-        Grey levels of 0 to 255.
-    share : (h, w, 1) float ndarray
-        w, in [0, 1].
-    sigma : float
-        Standard deviation of the Gaussian, pixels; the correlation is measured over twice as many.
+    source, target : (h, w, 3) uint8 ndarray
+        The two images in one frame.
+    mask : (h, w) bool ndarray
+        Where the source shows.
+    width : float
+        Standard deviation of the Gaussian, pixels.
 
     Returns
     -------
     (h, w, 3) uint8 ndarray
+        Where both images are the same, they come back as they are.
     """
 
-    def smooth(x: np.ndarray, scale: float = 1.0) -> np.ndarray:
-        return cv2.GaussianBlur(x, (0, 0), scale * sigma)
+    def smooth(x: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(x, (0, 0), width)
 
-    s, t = (np.asarray(image, np.float32) for image in (source, target))
-    coarse_s, coarse_t = smooth(s), smooth(t)
-    s, t = s - coarse_s, t - coarse_t
-    common, power_s, power_t = (smooth((a * b).mean(-1), 2) for a, b in ((s, t), (s, s), (t, t)))
-    rho = np.maximum(common, 0) / np.sqrt(np.maximum(power_s * power_t, 1e-3))
-    w, rest = share, 1 - share
-    contrast = np.sqrt(w**2 + rest**2 + 2 * w * rest * rho[..., None])
-    mixed = w * coarse_s + rest * coarse_t + (w * s + rest * t) / contrast
-    return mixed.round().clip(0, 255).astype(np.uint8)
+    s, t, share = (np.float32(x) for x in (source, target, mask))
+    share, coarse_s, coarse_t = smooth(share)[..., None], smooth(s), smooth(t)
+    coarse = smooth(share * coarse_s + (1 - share) * coarse_t)
+    fine = np.where(mask[..., None], s - smooth(coarse_s), t - smooth(coarse_t))
+    return (coarse + fine).round().clip(0, 255).astype(np.uint8)
+
+
+def near_outline(mask: np.ndarray, distance: float) -> np.ndarray:
+    """Pixels at most so far from one that lies on the other side of the outline of a mask.
+
+    Parameters
+    ----------
+    mask : (h, w) bool ndarray
+    distance : float
+        Pixels.
+
+    Returns
+    -------
+    (h, w) bool ndarray
+    """
+    away = sum(
+        cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        for side in (mask, ~mask)
+    )
+    return away <= distance
 
 
 def disc(radius: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def test_ways_to_mix_show_the_source_inside_and_the_target_outside(name):
     out = mix(source, target, mask)
     assert out.dtype == np.uint8 and out.shape == target.shape
     assert np.array_equal(source, before[0]) and np.array_equal(target, before[1])
-    if name != "five bands":  # as wide as the picture
+    if name != "five levels":  # as wide as the picture
         np.testing.assert_array_equal(out[:8], target[:8])
     inner = out[40:50, 55:65].astype(float) - source[40:50, 55:65]
     assert np.abs(inner - inner.mean()).max() <= 4  # the texture of the source, up to its level

@@ -10,7 +10,7 @@ from helpers import pool as pooling
 from helpers import replacement as rep
 from helpers.placement import affine_from_moments, size_range, warp_image, warp_mask
 from helpers.replacement import CompositeError, Sampler
-from helpers.seam import blend, cut_cost, fade
+from helpers.seam import blend, cut_cost
 from helpers.segment_table import collect
 from tests.test_placement import egg, ellipse
 
@@ -70,7 +70,7 @@ def test_paste_changes_nothing_beyond_target_and_paste():
 
 @pytest.mark.parametrize("gap", ["inpaint", "context"])
 @pytest.mark.parametrize("feather", [1, 2])
-def test_a_feathered_outline_fades_within_its_reach(feather, gap):
+def test_an_outline_is_blended_within_its_reach(feather, gap):
     rng = np.random.default_rng(1)
     image, donor = rng.integers(0, 256, (2, 160, 200, 3), dtype=np.uint8)
     source, target = ellipse(60, 60, 30, 14, 10), ellipse(120, 90, 30, 25, 70)
@@ -88,11 +88,11 @@ def test_a_feathered_outline_fades_within_its_reach(feather, gap):
     assert (soft != hard).any()
     # The same as blending whole frames: the window is not to be seen.
     whole = warp_image(donor, affine, (160, 200))
-    expected = blend(whole, image, fade(pasted, feather)).astype(int)
+    expected = blend(whole, image, pasted, feather).astype(int)
     near = ~far & ~gap_left
     assert np.abs(soft.astype(int) - expected)[near].max() <= 2
     within = rep.unknown_region(target, pasted, band=3 * feather)
-    assert within[~far].all()  # what is faded is never known
+    assert within[~far].all()  # what is blended is never known
     flat = np.full_like(image, 90)
     even, _ = rep.paste(flat, target, flat, source, affine, gap="context", feather=feather)
     np.testing.assert_array_equal(even, flat)
@@ -376,9 +376,9 @@ def test_context_ends_where_the_source_image_ends():
     np.testing.assert_array_equal(pasted, target & frame)
     assert (out[pasted] == 200).all()
     np.testing.assert_array_equal(out[~pasted], image[~pasted])  # the target stays, nothing is lost
-    faded, again = rep.paste(image, target, donor, source, affine, gap="context", feather=2)
+    blended, again = rep.paste(image, target, donor, source, affine, gap="context", feather=2)
     np.testing.assert_array_equal(again, pasted)
-    changed = (faded != image).any(-1)
+    changed = (blended != image).any(-1)
     near = ndimage.distance_transform_edt(~pasted) <= 3 * 2
     assert (changed & ~pasted).any() and not (changed & ~near).any()
 

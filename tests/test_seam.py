@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, special
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 
@@ -111,92 +111,71 @@ def test_seam_errors(bad):
         seam.least_cut(image, image, np.ones((9, 8), bool), **bad)
 
 
-# --- fading ---------------------------------------------------------------------------------------
+# --- blending -------------------------------------------------------------------------------------
 
 
-def test_the_share_is_a_tanh_of_the_distance_and_ends_at_its_reach():
-    mask = ellipse(26, 21, 12, 9, 30, (44, 53))
-    share = seam.fade(mask, 1.5)[..., 0]
-    inside, outside = (ndimage.distance_transform_edt(part) for part in (mask, ~mask))
-    for y, x in np.argwhere(np.ones_like(mask))[::7]:
-        d = inside[y, x] - 0.5 if mask[y, x] else 0.5 - outside[y, x]
-        expected = (1 + np.tanh(d / 1.5)) / 2 if abs(d) <= 4 else float(mask[y, x])
-        assert share[y, x] == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose(seam.fade(~mask, 1.5), 1 - seam.fade(mask, 1.5), atol=1e-6)
-    line = seam.fade(np.arange(20)[None].repeat(9, 0) < 10, 1)[4, :, 0]
-    left = np.abs(line - (np.arange(20) < 10))
-    assert (np.diff(line) <= 0).all() and 0 < left[left > 0].min() < 0.01  # a grey level of 127
-
-
-def literal_blend(source, target, share, sigma):
-    """Pixel by pixel, with scipy's Gaussian."""
-
-    def smooth(x, s):
-        r = int(np.ceil(4 * s))
-        return ndimage.gaussian_filter(x, s, mode="mirror", radius=r)
-
-    out = np.empty(source.shape)
-    layers = [
-        [(smooth(c, sigma), c - smooth(c, sigma)) for c in np.moveaxis(image.astype(float), -1, 0)]
-        for image in (source, target)
-    ]
-    h, w = share.shape[:2]
-    moments = {
-        (a, b): smooth(
-            np.mean([layers[a][k][1] * layers[b][k][1] for k in range(3)], axis=0), 2 * sigma
-        )
-        for a, b in ((0, 0), (0, 1), (1, 1))
-    }
-    for y in range(h):
-        for x in range(w):
-            power = moments[0, 0][y, x] * moments[1, 1][y, x]
-            rho = max(moments[0, 1][y, x], 0) / np.sqrt(max(power, 1e-3))
-            v = share[y, x, 0]
-            contrast = np.sqrt(v**2 + (1 - v) ** 2 + 2 * v * (1 - v) * rho)
-            for k in range(3):
-                (ls, hs), (lt, ht) = (layers[i][k] for i in (0, 1))
-                out[y, x, k] = v * ls[y, x] + (1 - v) * lt[y, x]
-                out[y, x, k] += (v * hs[y, x] + (1 - v) * ht[y, x]) / contrast
-    return out.clip(0, 255)
-
-
-@pytest.mark.parametrize("sigma", [1.0, 1.5])
-def test_blend_is_its_formula(sigma):
+@pytest.mark.parametrize("width", [1.0, 1.5])
+def test_blend_is_its_formula(width):
     rng = np.random.default_rng(3)
-    source, target = rng.integers(30, 220, (2, 23, 31, 3), dtype=np.uint8)
-    target[:, :12] = (0.7 * target[:, :12] + 0.3 * source[:, :12]).astype(np.uint8)  # correlated
-    share = rng.uniform(size=(23, 31, 1))
-    found = seam.blend(source, target, share, sigma=sigma)
+    source, target = rng.integers(60, 190, (2, 33, 41, 3), dtype=np.uint8)
+    mask = ellipse(20, 16, 9, 7, 30, (33, 41))
+
+    def smooth(x):  # scipy's, mirrored at the border and cut off as OpenCV's is
+        return ndimage.gaussian_filter(x, width, mode="mirror", radius=int(np.ceil(4 * width)))
+
+    found = seam.blend(source, target, mask, width)
     assert found.dtype == np.uint8
-    assert np.abs(found - literal_blend(source, target, share, sigma)).max() <= 0.6
+    m = smooth(mask.astype(float))
+    for k in range(3):
+        s, t = source[..., k].astype(float), target[..., k].astype(float)
+        coarse = smooth(m * smooth(s) + (1 - m) * smooth(t))
+        fine = np.where(mask, s - smooth(smooth(s)), t - smooth(smooth(t)))
+        assert np.abs(found[..., k] - (coarse + fine).clip(0, 255)).max() <= 0.6
 
 
-def test_blending_keeps_the_contrast_of_independent_textures():
-    """The mean of two has 0.71 of their contrast, the blend all of it, wherever it is measured."""
+def test_flat_colours_meet_in_an_error_function():
+    """The step is smoothed twice, by a normal density of sqrt(2) times the width each way."""
+    source, target = (np.full((20, 40, 3), v, np.uint8) for v in (210, 10))
+    mask = np.arange(40)[None].repeat(20, 0) < 20
+    found = seam.blend(source, target, mask, 2.0)
+    distance = 19.5 - np.arange(40)
+    expected = 10 + 200 * special.ndtr(distance / np.sqrt(8))
+    inner = np.abs(distance) < 12
+    assert np.abs(found[:, inner] - expected[inner][None, :, None]).max() <= 1.5
+
+
+def test_blending_keeps_the_contrast_that_a_mean_loses():
     rng = np.random.default_rng(4)
-    source, target = rng.normal(128, 20, (2, 300, 40, 3)).clip(0, 255).round().astype(np.uint8)
-    share = np.full((300, 40, 1), 0.5)
-
-    def contrast(image):
-        fine = image - ndimage.gaussian_filter(image.astype(float), (1, 1, 0))
-        return fine[8:-8, 8:-8].std()
-
-    before = contrast(source)
-    mean = contrast((source.astype(float) + target) / 2)
-    assert mean == pytest.approx(before / np.sqrt(2), rel=0.02)
-    assert contrast(seam.blend(source, target, share)) == pytest.approx(before, rel=0.04)
+    source, target = rng.normal(128, 20, (2, 4000, 30, 3)).clip(0, 255).round().astype(np.uint8)
+    mask = np.arange(30)[None].repeat(4000, 0) < 15
+    share = ndimage.gaussian_filter(mask.astype(float), (0, 1))[..., None]
+    mean = share * source + (1 - share) * target
+    at_seam = np.s_[:, 14:16]
+    assert mean[at_seam].std() < 0.82 * source[at_seam].std()
+    kept = seam.blend(source, target, mask, 1.0)
+    assert kept[at_seam].std() == pytest.approx(source[at_seam].std(), rel=0.05)
 
 
-def test_equal_images_are_left_as_they_are_and_so_are_the_ends():
+def test_blending_leaves_equal_images_alone_and_knows_no_order():
     rng = np.random.default_rng(5)
-    source, target = rng.integers(0, 256, (2, 20, 26, 3), dtype=np.uint8)
-    share = rng.uniform(size=(20, 26, 1))
-    np.testing.assert_array_equal(seam.blend(source, source, share), source)
-    np.testing.assert_array_equal(seam.blend(source, target, np.ones((20, 26, 1))), source)
-    np.testing.assert_array_equal(seam.blend(source, target, np.zeros((20, 26, 1))), target)
-    np.testing.assert_array_equal(
-        seam.blend(source, target, share), seam.blend(target, source, 1 - share)
-    )
-    flat = [np.full((9, 8, 3), v, np.uint8) for v in (10, 250)]
-    half = np.full((9, 8, 1), 0.5)
-    np.testing.assert_array_equal(seam.blend(*flat, half), np.full((9, 8, 3), 130))
+    source, target = rng.integers(60, 190, (2, 40, 46, 3), dtype=np.uint8)
+    mask = ellipse(22, 18, 9, 7, 30, (40, 46))
+    np.testing.assert_array_equal(seam.blend(source, source, mask, 1.0), source)
+    found = seam.blend(source, target, mask, 1.0).astype(int)
+    assert np.abs(found - seam.blend(target, source, ~mask, 1.0)).max() <= 1
+    far = ~seam.near_outline(mask, 9)
+    hard = np.where(mask[..., None], source, target)
+    assert far.any() and np.abs(found - hard)[far].max() == 0
+    beyond = ~seam.near_outline(mask, seam.BLEND_REACH)
+    assert np.abs(found - hard)[beyond].max() <= 4  # of differences up to 130
+
+
+def test_near_the_outline_is_measured_to_the_other_side():
+    mask = ellipse(26, 21, 12, 9, 30, (44, 53))
+    found = seam.near_outline(mask, 2.5)
+    sides = [np.argwhere(mask), np.argwhere(~mask)]
+    for y, x in np.argwhere(np.ones_like(mask))[::5]:
+        away = np.hypot(*(sides[int(mask[y, x])] - (y, x)).T).min()
+        assert found[y, x] == (away <= 2.5)
+    for nothing in (np.zeros((9, 8), bool), np.ones((9, 8), bool)):
+        assert not seam.near_outline(nothing, 3).any()

@@ -13,7 +13,7 @@ import argparse
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import cv2
@@ -25,7 +25,7 @@ from helpers import augment, config, execute, features, quality, runs
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
 from helpers.replacement import Composite, Sampler, effective_sources, paste
-from helpers.seam import blend, fade
+from helpers.seam import blend
 from helpers.stain import match_stain
 
 #: What is changed of the settings of chapter 04, of the draws or of the composing.
@@ -133,13 +133,16 @@ def replaced(
 
 
 def mean(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Weighted mean, with the share of the source as of the helper."""
-    share = fade(mask, 1)
+    """Weighted mean, with a smoothed mask for the share of the source."""
+    share = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0)[..., None]
     return (share * source + (1 - share) * target).round().astype(np.uint8)
 
 
-def bands(source: np.ndarray, target: np.ndarray, mask: np.ndarray, *, n: int = 1) -> np.ndarray:
-    """Laplacian pyramids, each level mixed by the mask of its own size (Burt and Adelson 1983)."""
+def pyramid(source: np.ndarray, target: np.ndarray, mask: np.ndarray, *, n: int) -> np.ndarray:
+    """Laplacian pyramids of n + 1 levels, each mixed by the mask of its size, as they were found.
+
+    Burt and Adelson 1983; :func:`helpers.seam.blend` is the case of two levels of full size.
+    """
     layers = [np.float32(source), np.float32(target), np.float32(mask[..., None].repeat(3, 2))]
     details = []
     for _ in range(n):
@@ -171,10 +174,10 @@ def poisson(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndar
 MIXES: dict[str, Callable[..., np.ndarray]] = {
     "hard": lambda source, target, mask: np.where(mask[..., None], source, target),
     "weighted mean": mean,
-    "two bands": bands,
-    "five bands": lambda *images: bands(*images, n=4),
+    "two levels": partial(pyramid, n=1),
+    "five levels": partial(pyramid, n=4),
     "Poisson": poisson,
-    "contrast kept": lambda source, target, mask: blend(source, target, fade(mask, 1)),
+    "two bands": partial(blend, width=1),
 }
 
 
