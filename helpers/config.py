@@ -262,7 +262,7 @@ class ProbabilisticReplacement(Common):
                 )
         if self.feather * BLEND_REACH > self.band:
             raise ValueError(
-                f"feather={self.feather} changes {BLEND_REACH * self.feather} pixels on either "
+                f"feather={self.feather} changes {BLEND_REACH * self.feather:g} pixels on either "
                 f"side, more than band={self.band}: blended pixels would pass as known ones; lower "
                 "feather or raise band"
             )

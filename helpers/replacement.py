@@ -9,6 +9,7 @@ of :mod:`helpers.seam`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ def paste(
     fill: str = "surround",
     gap: str = "inpaint",
     seam: tuple[int, int] = (0, 0),
-    feather: int = 0,
+    feather: float = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take the target segment out and put the warped source segment in.
 
@@ -95,7 +96,7 @@ def paste(
         Pixels by which the outline may move outwards and inwards, to where both images differ
         least (:func:`helpers.seam.least_cut`). Only where `gap` is "context": without the
         surroundings of the source there is nothing to choose from.
-    feather : int
+    feather : float
         Width in pixels of the blending of both images along the outline of the source, see
         :func:`helpers.seam.blend`; it changes three times as many on either side. 0 cuts hard.
 
@@ -118,7 +119,7 @@ def paste(
         raise ValueError(f"feather={feather}: give 0 or more pixels")
     shape = image.shape[:2]
     outwards, inwards = seam if gap == "context" else (0, 0)
-    margin = max(2, BLEND_REACH * feather) + outwards
+    margin = max(2, math.ceil(BLEND_REACH * feather)) + outwards
     window = reach(source_mask, affine, shape, margin=margin)
     if gap == "context":
         window = _hull(window, reach(target_mask, _IDENTITY, shape, margin=margin))
@@ -259,7 +260,7 @@ def compose(
     fill: str = "surround",
     gap: str = "inpaint",
     seam: tuple[int, int] = (0, 0),
-    feather: int = 0,
+    feather: float = 0,
     max_overlap: float = 0.5,
     min_fit: float = 0.0,
     tries: int = 3,
@@ -376,7 +377,7 @@ class _Options:
     fill: str
     gap: str
     seam: tuple[int, int]
-    feather: int
+    feather: float
     area_max: float
     max_overlap: float
     min_fit: float
@@ -521,7 +522,7 @@ def _record(
 
 
 def _check_compose(
-    area_range: tuple[float, float], method: str, stain: str, tries: int, band: int, feather: int
+    area_range: tuple[float, float], method: str, stain: str, tries: int, band: int, feather: float
 ) -> None:
     if not 0 <= area_range[0] <= area_range[1] <= 1:
         raise ValueError(f"area_range={area_range}: give 0 <= low <= high <= 1")
@@ -533,7 +534,7 @@ def _check_compose(
         raise ValueError(f"tries={tries}: draw at least once for a target")
     if feather * BLEND_REACH > band:
         raise ValueError(
-            f"feather={feather} changes {BLEND_REACH * feather} pixels on either side, more than "
+            f"feather={feather} changes {BLEND_REACH * feather:g} pixels on either side, more than "
             f"band={band}: blended pixels would pass as known ones; lower the first or raise the "
             "second"
         )

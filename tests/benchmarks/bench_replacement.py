@@ -134,7 +134,7 @@ def replaced(
 
 def mean(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Weighted mean, with a smoothed mask for the share of the source."""
-    share = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0)[..., None]
+    share = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)[..., None]
     return (share * source + (1 - share) * target).round().astype(np.uint8)
 
 
@@ -177,7 +177,7 @@ MIXES: dict[str, Callable[..., np.ndarray]] = {
     "two levels": partial(pyramid, n=1),
     "five levels": partial(pyramid, n=4),
     "Poisson": poisson,
-    "two bands": partial(blend, width=1),
+    "two bands": partial(blend, width=0.7),
 }
 
 
