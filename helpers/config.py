@@ -216,7 +216,7 @@ class ProbabilisticReplacement(Common):
     ]
     seam_in: Annotated[Natural, Field(description="and inwards")]
     feather: Annotated[
-        Natural, Field(description="width of the blending along its outline, pixels")
+        NonNegative, Field(description="width of the blending along its outline, pixels")
     ]
     band: Annotated[Natural, Field(description="band repainted around the paste, pixels")]
     area_min: Annotated[Fraction, Field(description="smallest new-area ratio")]
