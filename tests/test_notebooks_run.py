@@ -136,6 +136,17 @@ def test_no_cell_ends_in_an_error_or_warns(first, chapter):
 
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
+def test_numbers_for_the_text_are_plain(first, chapter):
+    """What is glued is read from its representation, in which NumPy's numbers have a name."""
+    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "scrapbook" in output.get("metadata", {}):
+                text = output.data.get("text/plain", "")
+                assert not text.startswith("np."), f"{output.metadata.scrapbook.name}: {text}"
+
+
+@pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_every_figure_is_drawn(first, chapter):
     notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
     for cell in notebook.cells:
