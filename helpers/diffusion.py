@@ -299,8 +299,6 @@ def _set_in(seen: np.ndarray, painted: np.ndarray, unknown: np.ndarray, ramp: in
 
     `seen` holds the image where it is known. Composited in uint8: known pixels stay bit-identical.
     """
-    if not ramp:
-        return np.where(unknown[..., None], painted, seen)
     depth = cv2.distanceTransform(unknown.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     share = np.minimum(depth / (ramp + 1), 1)[..., None]
     return (share * painted + (1 - share) * seen).round().astype(np.uint8)

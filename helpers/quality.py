@@ -302,7 +302,8 @@ def outline_strips(
     distance = cv2.GaussianBlur(distance, (0, 0), 2)
     normal = np.stack([cv2.Sobel(distance, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1))], -1)
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-6
-    found, steps = [], np.arange(-depth, depth + 1, dtype=np.float32)
+    picture, steps = image.astype(np.float32), np.arange(-depth, depth + 1, dtype=np.float32)
+    found = []
     limit = np.array(mask.shape[::-1]) - depth - 2
     outlines, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     for outline in outlines:
@@ -312,7 +313,7 @@ def outline_strips(
                 n = normal[points[:, 1], points[:, 0]]
                 at = points[:, None] + steps[:, None] * n[:, None]
                 x, y = np.ascontiguousarray(np.moveaxis(at, -1, 0), np.float32)
-                found.append(cv2.remap(image.astype(np.float32), x, y, cv2.INTER_LINEAR))
+                found.append(cv2.remap(picture, x, y, cv2.INTER_LINEAR))
     return np.array(found, np.float32).reshape(-1, length, 2 * depth + 1, 3)
 
 

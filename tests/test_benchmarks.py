@@ -60,6 +60,7 @@ def test_moved_crops():
 
 def test_every_change_is_of_a_setting_of_chapter_04():
     settings = bench_replacement.settings()
+    assert settings["feather"] == bench_replacement.WIDTH
     for change in bench_replacement.CHANGES.values():
         assert change.keys() <= settings.keys()
         assert not change or settings | change != settings

@@ -3,6 +3,7 @@ import types
 import pytest
 
 from helpers import config
+from helpers.seam import BLEND_REACH
 
 GOOD = {
     "00_tissue": dict(
@@ -161,3 +162,12 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU here: use device='auto'"):
         config.torch_device("cuda:0")
+
+
+def test_what_is_blended_lies_in_the_band():
+    """The same bound as of composing, which the parameters cannot import."""
+    values = defaults("04_probabilistic_replacement") | {"band": 3}
+    widest = 3 / BLEND_REACH
+    assert config.build("04_probabilistic_replacement", values | {"feather": widest})
+    with pytest.raises(ValueError, match=r"feather=1\.1 changes 3\.3 pixels on either side, more"):
+        config.build("04_probabilistic_replacement", values | {"feather": 1.1 * widest})

@@ -163,7 +163,9 @@ def test_a_finished_run_is_left_alone(two_runs):
     assert f"0 chapters run, {len(config.CHAPTERS)} up to date" in done.stdout
 
 
-@pytest.mark.parametrize("helper", ["superpixels", "pool", "diffusion", "classify", "train_sam"])
+@pytest.mark.parametrize(
+    "helper", ["superpixels", "pool", "seam", "diffusion", "classify", "train_sam"]
+)
 def test_a_changed_helper_makes_stale_what_depends_on_it(first, helper, monkeypatch):
     assert stale() == []
     original = runs._hashes.file

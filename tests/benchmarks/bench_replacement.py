@@ -131,10 +131,13 @@ def replaced(
 
 # --- ways to mix ----------------------------------------------------------------------------------
 
+#: Of the Gaussian in the ways that have one, pixels: `feather` of chapter 04.
+WIDTH = 0.7
+
 
 def mean(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Weighted mean, with a smoothed mask for the share of the source."""
-    share = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)[..., None]
+    share = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), WIDTH)[..., None]
     return (share * source + (1 - share) * target).round().astype(np.uint8)
 
 
@@ -177,7 +180,7 @@ MIXES: dict[str, Callable[..., np.ndarray]] = {
     "two levels": partial(pyramid, n=1),
     "five levels": partial(pyramid, n=4),
     "Poisson": poisson,
-    "two bands": partial(blend, width=0.7),
+    "two bands": partial(blend, width=WIDTH),
 }
 
 
