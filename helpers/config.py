@@ -283,6 +283,10 @@ class SdeMcgInpainting(WithDevice):
         Field(description="how to step from one noise level to the next"),
     ]
     steps: Annotated[int, Field(ge=1, le=1000, description="noise levels visited")]
+    spacing: Annotated[
+        Literal["karras", "trailing", "leading"],
+        Field(description="how they are spread; trailing, by time, suits solver euler"),
+    ]
     eta: Annotated[
         Fraction | None,
         Field(description="solver ddim only: noise of a step, 0 none, 1 (None) ancestral"),

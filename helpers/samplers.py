@@ -32,6 +32,7 @@ from helpers.sde import GaussianPrior
 __all__ = [
     "METHODS",
     "SOLVERS",
+    "SPACINGS",
     "Sampling",
     "condition",
     "ddim_step",
@@ -52,6 +53,11 @@ SOLVERS = ("ddim", "euler", "dpm++", "sde-dpm++")
 #: Noise predictor: (z_t, t) to eps, both of shape (N, ...).
 Eps = Callable[[torch.Tensor, int], torch.Tensor]
 Generators = Sequence[torch.Generator] | torch.Generator
+
+#: Where noise levels lie.
+SPACINGS = ("karras", "trailing", "leading")
+#: Exponent of the spacing of Karras et al. 2022.
+RHO = 7
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ class Sampling:
         Share of the noise levels that are walked, the lowest ones. 1 starts from pure noise; less
         starts from the pasted image, noised to that level (Meng et al. 2022), so that what the
         image shows there is kept in its coarse features, and its seam is not.
-    spacing : {"trailing", "leading"}
-        See :func:`timesteps`.
+    spacing : {"karras", "trailing", "leading"}
+        Where the noise levels lie, see :func:`timesteps`.
     jump_length, n_resample : int
         ``repaint`` only: length of a repeated stretch in steps (at most half of them), and how
         often it is walked.
@@ -110,7 +116,7 @@ class Sampling:
         _one_of("method", self.method, METHODS)
         _one_of("solver", self.solver, SOLVERS)
         _one_of("norm", self.norm, ("l2", "squared"))
-        _one_of("spacing", self.spacing, ("trailing", "leading"))
+        _one_of("spacing", self.spacing, SPACINGS)
         for name in ("steps", "n_solve", "jump_length", "n_resample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
@@ -159,9 +165,10 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def timesteps(
-    n: int, T: int = 1000, *, spacing: str = "trailing", strength: float = 1.0
-) -> list[int]:
-    """Times visited by n steps, highest first.
+    n: int, T: int = 1000, *, spacing: str = "trailing", strength: float = 1.0,
+    alphas_cumprod: Sequence[float] | None = None,
+) -> list[int]:  # fmt: skip
+    r"""Times visited by n steps, highest first.
 
     Parameters
     ----------
@@ -169,26 +176,50 @@ def timesteps(
         Steps, 1 to T.
     T : int
         Steps of the chain.
-    spacing : {"trailing", "leading"}
+    spacing : {"trailing", "leading", "karras"}
         ``leading`` is that of latent diffusion (``steps_offset=1``): with few steps it starts well
         below T, where the latents are not yet pure noise. ``trailing`` always starts at T - 1. With
-        500 of 1000 steps both are the same.
+        500 of 1000 steps both are the same. ``karras`` starts there too and spreads the noise
+        levels :math:`\sigma = \sqrt{(1 - a_t) / a_t}`, not the times, so that
+        :math:`\sigma^{1/\rho}` falls evenly (Karras et al. 2022, Eq. 5): the last step ends the
+        noise from a low level, where little is left to guess. From a high one it would give the
+        mean of what is possible, which has less fine structure than any of it.
     strength : float
         Only the lowest ``strength * T`` levels are visited.
+    alphas_cumprod : sequence of T float
+        ``karras`` only: a_t of the chain.
 
     Returns
     -------
     list of int
         Strictly decreasing, in 0 to T - 1.
     """
-    _one_of("spacing", spacing, ("trailing", "leading"))
+    _one_of("spacing", spacing, SPACINGS)
     all_levels, T = T, round(strength * T)
     if not 1 <= n <= T:
         part = f" (strength={strength} of {all_levels})" if T < all_levels else ""
         raise ValueError(f"steps={n} is not between 1 and the {T} steps of the schedule{part}")
+    if spacing == "karras":
+        if alphas_cumprod is None or len(alphas_cumprod) != all_levels:
+            given = "none" if alphas_cumprod is None else len(alphas_cumprod)
+            raise ValueError(
+                f"spacing='karras' spreads noise levels: give alphas_cumprod of the {all_levels} "
+                f"steps of the chain (given: {given})"
+            )
+        return _karras_times(n, np.asarray(alphas_cumprod[:T], float))
     if spacing == "leading":
         return [min(k * (T // n) + 1, T - 1) for k in reversed(range(n))]
     return [round(T - k * T / n) - 1 for k in range(n)]
+
+
+def _karras_times(n: int, a: np.ndarray) -> list[int]:
+    """Times of n levels from the highest to the lowest of a chain, see :func:`timesteps`."""
+    sigma = np.sqrt((1 - a) / a)
+    wanted = np.linspace(sigma[-1] ** (1 / RHO), sigma[0] ** (1 / RHO), n) ** RHO
+    times = np.interp(np.log(wanted), np.log(sigma), np.arange(len(a))).round().astype(int)
+    for k in range(1, n):  # levels closer than those of the chain: the next one that is free
+        times[k] = min(times[k], times[k - 1] - 1)
+    return np.maximum(times, np.arange(n)[::-1]).tolist()
 
 
 def _path(times: Sequence[int], jump_length: int, n_resample: int) -> list[tuple[int, int]]:
@@ -207,9 +238,12 @@ def _path(times: Sequence[int], jump_length: int, n_resample: int) -> list[tuple
     return moves
 
 
-def _plan(sampling: Sampling, T: int) -> tuple[list[int], list[tuple[int, int]], int]:
+def _plan(sampling: Sampling, a: Sequence[float]) -> tuple[list[int], list[tuple[int, int]], int]:
     """Times, moves, and the time from which on (downward) the gradient is used."""
-    times = timesteps(sampling.steps, T, spacing=sampling.spacing, strength=sampling.strength)
+    times = timesteps(
+        sampling.steps, len(a), spacing=sampling.spacing, strength=sampling.strength,
+        alphas_cumprod=a,
+    )  # fmt: skip
     if sampling.method == "repaint":
         return times, _path(times, sampling.jump_length, sampling.n_resample), -1
     n = max(1, round(sampling.guided * len(times))) if sampling.gradient else 0
@@ -240,7 +274,8 @@ def network_calls(steps: int, *, T: int = 1000, **options: Any) -> Calls:
         A backward pass (a product with the Jacobian) costs about one to two forward passes.
     """
     sampling = Sampling(steps=steps, **options)
-    _, moves, first = _plan(sampling, T)
+    # Levels of any kind: there are as many of them however they are spaced.
+    _, moves, first = _plan(sampling, np.linspace(1, 0, T + 2)[1:-1])
     each = sampling.n_solve if sampling.method == "mmps" else 1
     forward = sum(s < t for t, s in moves)
     return Calls(forward, each * sum(t <= first for t, s in moves))
@@ -505,7 +540,7 @@ def inpaint_latents(
     if not isinstance(generators, torch.Generator) and len(generators) != len(z_y):
         raise ValueError(f"{len(generators)} generators for {len(z_y)} samples: give one each")
     a = [float(v) for v in alphas_cumprod.double()] + [1.0]  # a[-1]: no noise
-    times, moves, first_guided = _plan(sampling, len(a) - 1)
+    times, moves, first_guided = _plan(sampling, a[:-1])
     step = _stepper(sampling, a, times)
     fixed = m.bool().expand_as(z_y)
     m = fixed.to(z_y.dtype)

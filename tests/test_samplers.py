@@ -104,6 +104,44 @@ def test_strength_walks_the_lowest_levels_only(n, strength):
     assert network_calls(n, method="projection", strength=strength) == (n, 0)
 
 
+@pytest.mark.parametrize(
+    ("n", "strength"), [(1, 1.0), (2, 0.01), (10, 0.01), (16, 1.0), (1000, 1.0)]
+)
+def test_karras_times_are_as_many_as_asked_for(n, strength):
+    times = timesteps(n, 1000, spacing="karras", strength=strength, alphas_cumprod=A)
+    assert len(times) == n and times[0] == round(1000 * strength) - 1
+    assert times[-1] == 0 or n == 1
+    assert all(a > b for a, b in itertools.pairwise(times))
+
+
+def test_karras_levels_are_those_of_diffusers():
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(**LATENT_SCHEDULE, use_karras_sigmas=True)
+    scheduler.set_timesteps(12)
+    sigma = ((1 - A) / A).sqrt().numpy()
+    mine = sigma[timesteps(12, 1000, spacing="karras", alphas_cumprod=A)]
+    # Mine are levels of the chain, which at the lower end lie up to a third apart.
+    np.testing.assert_allclose(mine, scheduler.sigmas[:12], rtol=0.15)
+    np.testing.assert_allclose(mine[:9], scheduler.sigmas[:9], rtol=0.02)
+
+
+@pytest.mark.parametrize("solver", ["sde-dpm++", "dpm++"])
+def test_karras_levels_keep_the_variance_of_fine_structure(solver):
+    """With few steps, a last step from far up gives a mean, and what is small is lost."""
+    cov = np.array([1.0, 0.2, 0.05])
+
+    def spread(spacing):
+        z = sample_posterior(
+            GaussianPrior(np.zeros(3), np.diag(cov), A), np.zeros(3, bool), np.zeros(3), 4000,
+            seed=1, method="projection", solver=solver, steps=16, spacing=spacing,
+        )  # fmt: skip
+        return z.var(0) / cov
+
+    assert spread("trailing")[2] < 0.4
+    np.testing.assert_allclose(spread("karras"), 1, atol=0.25)
+
+
 def test_wrong_numbers_of_steps_are_refused():
     with pytest.raises(ValueError, match=r"steps=200 .* 100 steps .*strength=0.1 of 1000"):
         timesteps(200, 1000, strength=0.1)
@@ -112,6 +150,9 @@ def test_wrong_numbers_of_steps_are_refused():
             timesteps(n, 1000)
     with pytest.raises(ValueError, match="spacing"):
         timesteps(5, 1000, spacing="even")
+    for given in (None, A[:500]):
+        with pytest.raises(ValueError, match="give alphas_cumprod of the 1000 steps"):
+            timesteps(5, 1000, spacing="karras", alphas_cumprod=given)
 
 
 def test_tweedie_inverts_the_forward_step():
