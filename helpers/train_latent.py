@@ -58,6 +58,7 @@ __all__ = [
     "UNetRecipe",
     "UNetTrainer",
     "encode_scenes",
+    "local_contrast",
     "pixel_losses",
     "score_autoencoder",
 ]
@@ -70,6 +71,37 @@ def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torc
     """Mean absolute error of pixels, and of their differences to the neighbours."""
     d = out - x
     return d.abs().mean(), d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+
+
+def local_contrast(x: torch.Tensor, *, window: int = 7) -> list[torch.Tensor]:
+    """Root mean square of the detail around each place, in two bands.
+
+    The first band is what a mean of 3 x 3 pixels takes away, the second what a mean of 5 x 5 takes
+    away from that. Unlike an error of pixels it does not ask where the grains of a texture lie,
+    only how strong they are.
+
+    Parameters
+    ----------
+    x : (N, c, H, W) Tensor
+    window : int
+        Side of the squares that are averaged, pixels; they overlap by about half.
+
+    Returns
+    -------
+    list of two (N, c, h, w) Tensor
+    """
+    found = []
+    for side in (3, 5):
+        coarse = _smoothed(x, side)
+        detail, x = x - coarse, coarse
+        power = F.avg_pool2d(detail.square(), window, stride=window // 2)
+        found.append((power + 1e-5).sqrt())
+    return found
+
+
+def _smoothed(x: torch.Tensor, side: int) -> torch.Tensor:
+    """Mean of `side` x `side` pixels around each, mirrored at the border."""
+    return F.avg_pool2d(F.pad(x, (side // 2,) * 4, mode="reflect"), side, stride=1)
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -97,16 +129,16 @@ class AutoencoderRecipe(Recipe):
 class DecoderRecipe(Recipe):
     """Settings of the second round of the decoder, against a discriminator."""
 
-    steps: int = 4000
+    steps: int = 20000
     crop: int = 64
     batch: int = 6
     scenes: int = 3000
     textures: float = 0.15
-    rate: float = 2e-4
-    gradient: float = 0.5
-    judge_rate: float = 4e-4
-    adversarial: float = 0.8
-    features: float = 4.0
+    rate: float = 5e-4
+    judge_rate: float = 1e-4
+    contrast: float = 4.0
+    adversarial: float = 1.0
+    features: float = 1.0
     alone: int = 100
     smoothed: float = 0.5
     t_max: int = 200
@@ -225,8 +257,7 @@ class Discriminator(nn.Module):
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Outputs of all layers; the last one is the verdict on each patch."""
-        mean = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1)
-        found = [torch.cat([x, self.detail * (x - mean)], 1)]
+        found = [torch.cat([x, self.detail * (x - _smoothed(x, 3))], 1)]
         for layer in self.layers:
             found.append(layer(found[-1]))
         return found[1:]
@@ -321,16 +352,22 @@ class DecoderTrainer(Trainer):
         hinge.backward()
         self.judge.step()
 
-        l1, edges = pixel_losses(out, x)
+        l1 = F.l1_loss(out, x)
         with torch.no_grad():
             real = self.discriminator.features(x)
         fake = self.discriminator.features(out)
         match = sum(F.l1_loss(a, b) for a, b in zip(fake[:-1], real[:-1], strict=True))
         fool = -fake[-1].mean()
+        contrast = sum(
+            F.l1_loss(a, b) for a, b in zip(local_contrast(out), local_contrast(x), strict=True)
+        )
         weight = r.adversarial * float(self.step >= r.alone)  # the judge has a head start
-        pixels, judged = l1 + r.gradient * edges, fool + r.features * match
-        loss = pixels + weight * self._balance(pixels, judged) * judged
-        return {"loss": loss, "l1": l1, "hinge": hinge, "match": match, "fool": fool}
+        judged = fool + r.features * match
+        loss = l1 + r.contrast * contrast + weight * self._balance(l1, judged) * judged
+        return {
+            "loss": loss, "l1": l1, "contrast": contrast, "hinge": hinge, "match": match,
+            "fool": fool,
+        }  # fmt: skip
 
     def _balance(self, pixels: torch.Tensor, judged: torch.Tensor) -> torch.Tensor:
         """Ratio of the gradients of two losses at the last layer (Esser et al. 2021, Eq. 7)."""
@@ -532,9 +569,12 @@ def _write_card(trainer: Trainer, path: Path, command: str) -> None:
         score = f"PSNR {last.get('psnr', 0):.2f} dB, SSIM {last.get('ssim', 0):.3f} on 24"
     else:
         what = "Noise network of the small latent diffusion model: `diffusers.UNet2DModel`."
+        folded = (
+            f"latents folded {r.latent_patch} x {r.latent_patch}, " if r.latent_patch > 1 else ""
+        )
         shape = (
-            f"latents folded {r.latent_patch} x {r.latent_patch}, channels {r.channels}, "
-            "attention at the coarsest level, predicts v, unconditional"
+            f"{folded}channels {r.channels}, attention at the coarsest level, predicts v, "
+            "unconditional"
         )
         seen = (
             f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times as often"

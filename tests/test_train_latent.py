@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import uniform_filter
 
 from helpers import train_latent
 from helpers.latent import load_autoencoder, load_latent_diffusion
@@ -21,6 +22,7 @@ from helpers.train_latent import (
     UNetRecipe,
     UNetTrainer,
     encode_scenes,
+    local_contrast,
     pixel_losses,
     score_autoencoder,
 )
@@ -128,6 +130,40 @@ def test_pixel_losses_are_means_over_pixels_and_over_neighbours():
     assert float(edges) == pytest.approx(across + down, rel=1e-5)
 
 
+def test_local_contrast_is_the_rms_of_two_bands_of_detail():
+    x = torch.rand(2, 3, 11, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = local_contrast(x, window=5)
+    for n in range(2):
+        for c in range(3):
+            rest = x[n, c].double().numpy()
+            for side, band in zip((3, 5), found, strict=True):
+                smooth = uniform_filter(rest, side, mode="mirror")
+                detail, rest = rest - smooth, smooth
+                expected = [
+                    [np.sqrt((detail[i : i + 5, j : j + 5] ** 2).mean() + 1e-5)
+                     for j in range(0, 12, 2)] for i in range(0, 7, 2)
+                ]  # fmt: skip
+                np.testing.assert_allclose(band[n, c].numpy(), expected, rtol=1e-4)
+
+
+def test_local_contrast_asks_how_strong_a_grain_is_not_where_it_lies():
+    def error(a, b):
+        pairs = zip(local_contrast(a), local_contrast(b), strict=True)
+        return float(sum((p - q).abs().mean() for p, q in pairs))
+
+    x, other = torch.randn(2, 1, 3, 40, 56, generator=torch.Generator().manual_seed(0)) * 0.2
+    mean = torch.zeros_like(x)
+    assert (mean - x).abs().mean() < 0.8 * (other - x).abs().mean()  # an error of pixels: the mean
+    assert error(other, x) < 0.2 * error(mean, x)  # an error of contrast: any grain of its kind
+    assert error(x + 0.3, x) < 1e-5
+    assert error(2 * x, x) == pytest.approx(
+        sum(float(b.mean()) for b in local_contrast(x)), rel=2e-2
+    )
+    assert torch.isfinite(
+        torch.autograd.grad(sum(b.sum() for b in local_contrast(mean.requires_grad_())), mean)[0]
+    ).all()
+
+
 # --- second round of the decoder ------------------------------------------------------------------
 
 
@@ -148,7 +184,7 @@ def test_decoder_learns_resumes_and_leaves_the_encoder_alone(pair, images, tmp_p
     copies = [load_latent_diffusion(tmp_path) for _ in range(2)]
     whole = DecoderTrainer(DECODER, pair, Scenes(images), test=images[:2])
     whole.run(every=2, score_every=2, log=None)
-    assert {"l1", "hinge", "match", "fool", "psnr", "sharpness"} <= set(whole.curve[-1])
+    assert {"l1", "contrast", "hinge", "match", "fool", "psnr", "sharpness"} <= set(whole.curve[-1])
     half = DecoderTrainer(DECODER, copies[0], Scenes(images))
     for _ in range(2):
         half.advance()
