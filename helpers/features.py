@@ -94,7 +94,7 @@ class Extractor:
             If the crops have another shape or type.
         """
         crops = np.asarray(crops)
-        if crops.ndim != 4 or crops.shape[-1] != 3 or crops.dtype != np.uint8:
+        if crops.ndim != 4 or crops.shape[1:] != (224, 224, 3) or crops.dtype != np.uint8:
             raise ValueError(
                 f"crops are {crops.dtype} of shape {crops.shape}, expected uint8 of shape "
                 "(n, 224, 224, 3): make them with features.crop"

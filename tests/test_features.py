@@ -129,8 +129,11 @@ def test_lite0_features(lite0):
 def test_embed_refuses_other_types(lite0):
     with pytest.raises(ValueError, match="float64"):
         lite0.embed(np.zeros((1, 224, 224, 3)))
-    with pytest.raises(ValueError, match=r"\(224, 224, 3\)"):
-        lite0.embed(np.zeros((224, 224, 3), np.uint8))
+    for shape in ((224, 224, 3), (1, 64, 64, 3)):
+        with pytest.raises(
+            ValueError, match=r"shape .*, expected uint8 of shape \(n, 224, 224, 3\)"
+        ):
+            lite0.embed(np.zeros(shape, np.uint8))
 
 
 @pytest.mark.parametrize("progress", [False, True])
