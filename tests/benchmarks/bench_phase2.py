@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16, help="images at once, --full and --paper")
     parser.add_argument("--crops", type=int, default=120, help="composites of --full")
-    parser.add_argument("--only", nargs="*", help="settings of --full, e.g. 'mmps ddim 25'")
+    parser.add_argument("--only", nargs="*", help="settings of --full, e.g. 'mmps ddim 25 karras'")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time, for a machine that does other work too",
