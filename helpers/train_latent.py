@@ -270,9 +270,10 @@ class Discriminator(nn.Module):
 class DecoderTrainer(Trainer):
     """Second round of the decoder: sharper pictures, also from latents that are a little smooth.
 
-    Trained on pixel errors alone, a decoder answers doubt with the mean, which is smooth. Here a
-    discriminator (hinge loss) and its features (Wang et al. 2018) judge the pictures as well. The
-    encoder stays as it is, so that a noise network trained on its latents stays valid.
+    Trained on pixel errors alone, a decoder answers doubt with the mean, which is smooth. Here the
+    strength of detail counts too (:func:`local_contrast`), and a discriminator (hinge loss) and its
+    features (Wang et al. 2018) judge the pictures. The encoder stays as it is, so that a noise
+    network trained on its latents stays valid.
 
     A share of the latents has first been noised to a low level and denoised by the noise network:
     that is how latents look at the end of sampling.
@@ -364,10 +365,8 @@ class DecoderTrainer(Trainer):
         weight = r.adversarial * float(self.step >= r.alone)  # the judge has a head start
         judged = fool + r.features * match
         loss = l1 + r.contrast * contrast + weight * self._balance(l1, judged) * judged
-        return {
-            "loss": loss, "l1": l1, "contrast": contrast, "hinge": hinge, "match": match,
-            "fool": fool,
-        }  # fmt: skip
+        parts = {"l1": l1, "contrast": contrast, "hinge": hinge, "match": match, "fool": fool}
+        return {"loss": loss, **parts}
 
     def _balance(self, pixels: torch.Tensor, judged: torch.Tensor) -> torch.Tensor:
         """Ratio of the gradients of two losses at the last layer (Esser et al. 2021, Eq. 7)."""
