@@ -304,6 +304,12 @@ class SdeMcgInpainting(WithDevice):
     ]
     inpaint_batch: Annotated[Positive, Field(description="images inpainted at once")]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`helpers.diffusion.inpaint`, all but the method."""
+        names = ("solver", "steps", "spacing", "eta", "alpha", "n_solve", "guided", "context")
+        return {name: getattr(self, name) for name in names}
+
     @model_validator(mode="after")
     def _go_together(self) -> SdeMcgInpainting:
         if self.eta is not None and self.solver != "ddim":

@@ -238,16 +238,12 @@ def _path(times: Sequence[int], jump_length: int, n_resample: int) -> list[tuple
     return moves
 
 
-def _plan(sampling: Sampling, a: Sequence[float]) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Times, moves, and the time from which on (downward) the gradient is used."""
-    times = timesteps(
-        sampling.steps, len(a), spacing=sampling.spacing, strength=sampling.strength,
-        alphas_cumprod=a,
-    )  # fmt: skip
+def _plan(sampling: Sampling, times: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
+    """Moves, and the time from which on (downward) the gradient is used."""
     if sampling.method == "repaint":
-        return times, _path(times, sampling.jump_length, sampling.n_resample), -1
+        return _path(times, sampling.jump_length, sampling.n_resample), -1
     n = max(1, round(sampling.guided * len(times))) if sampling.gradient else 0
-    return times, list(itertools.pairwise([*times, -1])), times[-n] if n else -1
+    return list(itertools.pairwise([*times, -1])), times[-n] if n else -1
 
 
 class Calls(NamedTuple):
@@ -274,8 +270,8 @@ def network_calls(steps: int, *, T: int = 1000, **options: Any) -> Calls:
         A backward pass (a product with the Jacobian) costs about one to two forward passes.
     """
     sampling = Sampling(steps=steps, **options)
-    # Levels of any kind: there are as many of them however they are spaced.
-    _, moves, first = _plan(sampling, np.linspace(1, 0, T + 2)[1:-1])
+    # However the times are spread, there are as many of them.
+    moves, first = _plan(sampling, timesteps(steps, T, strength=sampling.strength))
     each = sampling.n_solve if sampling.method == "mmps" else 1
     forward = sum(s < t for t, s in moves)
     return Calls(forward, each * sum(t <= first for t, s in moves))
@@ -540,7 +536,11 @@ def inpaint_latents(
     if not isinstance(generators, torch.Generator) and len(generators) != len(z_y):
         raise ValueError(f"{len(generators)} generators for {len(z_y)} samples: give one each")
     a = [float(v) for v in alphas_cumprod.double()] + [1.0]  # a[-1]: no noise
-    times, moves, first_guided = _plan(sampling, a[:-1])
+    times = timesteps(
+        sampling.steps, len(a) - 1, spacing=sampling.spacing, strength=sampling.strength,
+        alphas_cumprod=a[:-1],
+    )  # fmt: skip
+    moves, first_guided = _plan(sampling, times)
     step = _stepper(sampling, a, times)
     fixed = m.bool().expand_as(z_y)
     m = fixed.to(z_y.dtype)

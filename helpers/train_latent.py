@@ -57,6 +57,7 @@ __all__ = [
     "Discriminator",
     "UNetRecipe",
     "UNetTrainer",
+    "contrast_loss",
     "encode_scenes",
     "local_contrast",
     "pixel_losses",
@@ -97,6 +98,12 @@ def local_contrast(x: torch.Tensor, *, window: int = 7) -> list[torch.Tensor]:
         power = F.avg_pool2d(detail.square(), window, stride=window // 2)
         found.append((power + 1e-5).sqrt())
     return found
+
+
+def contrast_loss(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of :func:`local_contrast`, summed over the bands."""
+    bands = zip(local_contrast(out), local_contrast(x), strict=True)
+    return sum(F.l1_loss(a, b) for a, b in bands)
 
 
 def _smoothed(x: torch.Tensor, side: int) -> torch.Tensor:
@@ -359,9 +366,7 @@ class DecoderTrainer(Trainer):
         fake = self.discriminator.features(out)
         match = sum(F.l1_loss(a, b) for a, b in zip(fake[:-1], real[:-1], strict=True))
         fool = -fake[-1].mean()
-        contrast = sum(
-            F.l1_loss(a, b) for a, b in zip(local_contrast(out), local_contrast(x), strict=True)
-        )
+        contrast = contrast_loss(out, x)
         weight = r.adversarial * float(self.step >= r.alone)  # the judge has a head start
         judged = fool + r.features * match
         loss = l1 + r.contrast * contrast + weight * self._balance(l1, judged) * judged
