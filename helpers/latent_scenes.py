@@ -7,6 +7,7 @@ trains on random crops of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ import torch
 
 from helpers import phantom
 from helpers.latent import to_tensor
+from helpers.processes import in_order
 
 __all__ = [
     "SCENE",
@@ -127,21 +129,31 @@ def texture(rng: np.random.Generator, size: int = SCENE) -> np.ndarray:
 
 
 def prepare(
-    folder: Path, n: int, *, seed: int = 0, textures: float = 0.15,
+    folder: Path, n: int, *, seed: int = 0, textures: float = 0.15, workers: int = 0,
     log: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
-    """Draw the first `n` scenes into shards of a folder; shards that are there are kept."""
+    """Draw the first `n` scenes into shards of a folder; shards that are there are kept.
+
+    `workers` processes draw the same scenes as one.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for k in range(-(-n // _SHARD)):
-        path = folder / f"shard_{k:04d}.npy"
-        if path.exists():
-            continue
-        images = [scene(k * _SHARD + i, seed=seed, textures=textures) for i in range(_SHARD)]
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, np.stack(images))
-        temporary.replace(path)
-        log(f"drew {(k + 1) * _SHARD} of {n} scenes")
+    work = partial(_draw_shard, folder, seed=seed, textures=textures)
+    for done in in_order(work, range(-(-n // _SHARD)), workers):
+        if done:
+            log(f"drew {done} of {n} scenes")
+
+
+def _draw_shard(folder: Path, k: int, *, seed: int, textures: float) -> int:
+    """Draw a shard that is not there, and return how many scenes there are up to it; else 0."""
+    path = folder / f"shard_{k:04d}.npy"
+    if path.exists():
+        return 0
+    images = [scene(k * _SHARD + i, seed=seed, textures=textures) for i in range(_SHARD)]
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, np.stack(images))
+    temporary.replace(path)
+    return (k + 1) * _SHARD
 
 
 class Scenes:

@@ -2,7 +2,7 @@
 
 Two kinds of checkpoints give the same kind of object, a ``segment_anything.modeling.Sam``:
 the official ``vit_b``, ``vit_l`` and ``vit_h``, and a small one trained for this book
-(:mod:`helpers.train_sam`), whose image encoder is an EfficientNet-Lite0 with a feature pyramid.
+(:mod:`helpers.train_sam`), whose image encoder is an EfficientNet-Lite with a feature pyramid.
 
 An image is embedded once; all prompts are decoded against that embedding in batches, as masks of
 low resolution.
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ _PIECE = 1024
 
 
 class PyramidEncoder(nn.Module):
-    """EfficientNet-Lite0 and a light feature pyramid, in the place of SAM's image encoder.
+    """EfficientNet-Lite and a light feature pyramid, in the place of SAM's image encoder.
 
     Parameters
     ----------
@@ -69,6 +69,12 @@ class PyramidEncoder(nn.Module):
         Side of the square input in pixels, a multiple of 32.
     dim : int
         Channels of the embedding.
+    body : str
+        "lite0", "lite1" or "lite2": how large an EfficientNet-Lite.
+    width : int
+        Channels of the pyramid.
+    blocks : int
+        Residual blocks at each of its two finer levels.
 
     Notes
     -----
@@ -76,22 +82,30 @@ class PyramidEncoder(nn.Module):
     Features of stride 4 enter through a space-to-depth step, so that outlines stay sharp.
     """
 
-    def __init__(self, image_size: int = 256, dim: int = 128) -> None:
+    def __init__(
+        self,
+        image_size: int = 256,
+        dim: int = 128,
+        *,
+        body: str = "lite2",
+        width: int = 192,
+        blocks: int = 3,
+    ) -> None:
         super().__init__()
         timm = import_timm()
         self.img_size = image_size
         self.body = timm.create_model(
-            "tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4)
+            f"tf_efficientnet_{body}", features_only=True, out_indices=(1, 2, 3, 4)
         )
         c4, c8, c16, c32 = self.body.feature_info.channels()
-        self.lateral4 = nn.Conv2d(4 * c4, dim, 1)
-        self.lateral8 = nn.Conv2d(c8, dim, 1)
-        self.lateral16 = nn.Conv2d(c16, dim, 1)
-        self.lateral32 = nn.Conv2d(c32, dim, 1)
-        self.smooth16 = _separable(dim)
-        self.smooth8 = _separable(dim)
+        self.lateral4 = nn.Conv2d(4 * c4, width, 1)
+        self.lateral8 = nn.Conv2d(c8, width, 1)
+        self.lateral16 = nn.Conv2d(c16, width, 1)
+        self.lateral32 = nn.Conv2d(c32, width, 1)
+        self.smooth16 = nn.ModuleList(_separable(width) for _ in range(blocks))
+        self.smooth8 = nn.ModuleList(_separable(width) for _ in range(blocks))
         self.neck = nn.Sequential(
-            LayerNorm2d(dim), nn.Conv2d(dim, dim, 3, padding=1, bias=False), LayerNorm2d(dim)
+            LayerNorm2d(width), nn.Conv2d(width, dim, 3, padding=1, bias=False), LayerNorm2d(dim)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,11 +113,32 @@ class PyramidEncoder(nn.Module):
         f4, f8, f16, f32 = self.body(x)
         up = {"scale_factor": 2.0, "mode": "bilinear", "align_corners": False}
         p16 = self.lateral16(f16) + F.interpolate(self.lateral32(f32), **up)
-        p16 = p16 + self.smooth16(p16)
+        for block in self.smooth16:
+            p16 = p16 + block(p16)
         p8 = self.lateral8(f8) + F.interpolate(p16, **up)
         p8 = p8 + self.lateral4(F.pixel_unshuffle(f4, 2))
-        p8 = p8 + self.smooth8(p8)
+        for block in self.smooth8:
+            p8 = p8 + block(p8)
         return self.neck(p8)
+
+
+class Smooth(nn.Module):
+    """Mean over the places that a cell of the embedding is cut into, four along each side.
+
+    Transposed convolutions cut each cell into 4 x 4 places by weights of their own. Where the
+    network is in doubt, the logits then repeat with the cells, and masks look like a chequerboard.
+    The weights (1, 2, 2, 2, 1) / 8 along rows and columns take away exactly what repeats after
+    two or four places. At the end of the upscaling this smooths the logits, since these are linear
+    in it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Smooth (..., h, w) along its last two dimensions; the border is continued."""
+        planes = x.reshape(-1, 1, *x.shape[-2:])
+        weights = x.new_tensor([1.0, 2.0, 2.0, 2.0, 1.0]) / 8
+        planes = F.pad(planes, (2, 2, 2, 2), mode="replicate")
+        planes = F.conv2d(planes, weights.reshape(1, 1, 1, 5))
+        return F.conv2d(planes, weights.reshape(1, 1, 5, 1)).reshape(x.shape)
 
 
 def import_timm():
@@ -124,7 +159,7 @@ def _separable(dim: int) -> nn.Sequential:
     )
 
 
-def build_small_sam(image_size: int = 256, *, dim: int = 128) -> Sam:
+def build_small_sam(image_size: int = 256, *, dim: int = 128, **encoder: Any) -> Sam:
     """Build the small model with random weights.
 
     Parameters
@@ -133,6 +168,8 @@ def build_small_sam(image_size: int = 256, *, dim: int = 128) -> Sam:
         Side of the network's square input, a multiple of 32 and at least 64.
     dim : int
         Width of the embedding and of the two-way transformer.
+    **encoder
+        Further settings of :class:`PyramidEncoder`.
 
     Returns
     -------
@@ -151,7 +188,7 @@ def build_small_sam(image_size: int = 256, *, dim: int = 128) -> Sam:
         )
     grid = (image_size // _STRIDE,) * 2
     sam = Sam(
-        image_encoder=PyramidEncoder(image_size, dim),
+        image_encoder=PyramidEncoder(image_size, dim, **encoder),
         prompt_encoder=PromptEncoder(
             embed_dim=dim,
             image_embedding_size=grid,
@@ -166,6 +203,7 @@ def build_small_sam(image_size: int = 256, *, dim: int = 128) -> Sam:
             iou_head_hidden_dim=128,
         ),
     )
+    sam.mask_decoder.output_upscaling.append(Smooth())
     return sam.eval()
 
 
@@ -251,7 +289,17 @@ def _read_small(path: Path, image_size: int | None) -> Sam:
             f"{path} holds weights of kind {metadata.get('kind')!r}, not 'sam_small'. "
             "Give the file that `python -m helpers.train_sam` writes."
         )
-    sam = build_small_sam(image_size or int(metadata["image_size"]), dim=int(metadata["dim"]))
+    missing = {"image_size", "dim", "body", "width", "blocks"} - metadata.keys()
+    if missing:
+        raise ValueError(
+            f"{path} does not say how its network is built ({', '.join(sorted(missing))}): it was "
+            "written by another version. Train it anew with `python -m helpers.train_sam`."
+        )
+    sam = build_small_sam(
+        image_size or int(metadata["image_size"]),
+        body=metadata["body"],
+        **{key: int(metadata[key]) for key in ("dim", "width", "blocks")},
+    )
     sam.load_state_dict(state)
     return sam
 
@@ -746,16 +794,19 @@ def _mask_logits(head: MaskDecoder, keys, hyper, grid):
     b, p, m = hyper.shape[:3]
     logits = logits.reshape(b, p, *grid, 2, 2, 2, 2, m)  # row, column, then twice: row, column
     logits = logits.permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
-    return logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
+    logits = logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
+    for smooth in head.output_upscaling[5:]:
+        logits = smooth(logits)
+    return logits
 
 
 def _upscaled(head: MaskDecoder, keys):
-    """``head.output_upscaling`` of keys (..., N, C): (..., N, 16, c), in the order of the places.
+    """The upscaling of keys (..., N, C): (..., N, 16, c), in the order of the places.
 
     Transposed convolutions of stride and side 2 are matrix products, so places and channels keep
     their order until the logits, which are few, are put in their places.
     """
-    first, norm, act, second, act2 = head.output_upscaling
+    first, norm, act, second, act2 = head.output_upscaling[:5]
     x = _unfold(first, keys)
     x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
     return act2(_unfold(second, x)).flatten(-3, -2)

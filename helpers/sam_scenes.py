@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ import numpy as np
 
 from helpers import phantom
 from helpers.phantom_architecture import ARCHITECTURES, vary
+from helpers.processes import in_order
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -281,29 +283,41 @@ def _components(mask, limit=255):
 
 
 def prepare(
-    folder: Path, n_scenes: int, *, seed: int, shard: int = 50, share: float = 0.75, first: int = 0
+    folder: Path,
+    n_scenes: int,
+    *,
+    seed: int,
+    shard: int = 50,
+    share: float = 0.75,
+    first: int = 0,
+    workers: int = 0,
 ) -> None:
     """Render scenes into shards of `shard`; shards that exist are left alone.
 
     `share` of the scenes is tissue, the others are textures. Each shard has its own random
-    generator, so that shards can be made in any order and in parallel.
+    generator, so that `workers` processes make the same shards as one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for k in range(first, first + -(-n_scenes // shard)):
-        path = folder / f"shard_{k:04d}.npy"
-        if path.exists():
-            continue
-        rng = np.random.default_rng([seed, k])
-        data = np.zeros((shard, 3 + LEVELS, SCENE, SCENE), np.uint8)
-        for i in range(shard):
-            draw = phantom_scene if rng.random() < share else texture_scene
-            image, levels = draw(rng)
-            data[i, :3] = image.transpose(2, 0, 1)
-            data[i, 3:] = levels
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-        np.save(temporary, data)
-        temporary.replace(path)
+    work = partial(_render_shard, folder, seed=seed, shard=shard, share=share)
+    for _ in in_order(work, range(first, first + -(-n_scenes // shard)), workers):
+        pass
+
+
+def _render_shard(folder: Path, k: int, *, seed: int, shard: int, share: float) -> None:
+    path = folder / f"shard_{k:04d}.npy"
+    if path.exists():
+        return
+    rng = np.random.default_rng([seed, k])
+    data = np.zeros((shard, 3 + LEVELS, SCENE, SCENE), np.uint8)
+    for i in range(shard):
+        draw = phantom_scene if rng.random() < share else texture_scene
+        image, levels = draw(rng)
+        data[i, :3] = image.transpose(2, 0, 1)
+        data[i, 3:] = levels
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    np.save(temporary, data)
+    temporary.replace(path)
 
 
 class Scenes:
@@ -319,6 +333,10 @@ class Scenes:
         for path in sorted(self.folder.glob("shard_*.npy")):
             if path.name not in self.shards:
                 self.shards[path.name] = np.load(path, mmap_mode="r")
+
+    def __getstate__(self) -> dict:
+        """What another process is given: where the shards are, not their pixels."""
+        return {"folder": self.folder, "shards": {}}
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards.values())

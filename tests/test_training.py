@@ -4,9 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from helpers.training import Recipe, Trainer, digest, learning_rate
+from helpers.training import Recipe, Trainer, average, digest, learning_rate
 
 RECIPE = Recipe(steps=6, rate=0.1, warmup=2, ema=0.9)
 
@@ -156,3 +158,34 @@ def test_digest(tmp_path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
     assert digest(path).startswith("ba7816bf8f01cfea") and len(digest(path)) == 64
+
+
+def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    states = [
+        {"w": torch.randn(3, 5, generator=rng).half(), "n": torch.tensor(k)} for k in range(3)
+    ]
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for file, state in zip(files, states, strict=True):
+        save_file(state, str(file), metadata={"kind": "toy", "file": file.name})
+    average(files, tmp_path / "mean.safetensors")
+    with safe_open(str(tmp_path / "mean.safetensors"), framework="pt") as file:
+        assert file.metadata() == {"kind": "toy", "file": "0.safetensors", "mean_of": "3"}
+        mean = {key: file.get_tensor(key) for key in file.keys()}
+    expected = sum(state["w"].double() for state in states) / 3
+    assert mean["w"].dtype == torch.float16 and mean["n"] == 2
+    torch.testing.assert_close(mean["w"].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_average_refuses_what_does_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="no weights to average"):
+        average([], tmp_path / "mean.safetensors")
+    one, two, broken = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "broken"))
+    save_file({"w": torch.zeros(3)}, str(one))
+    save_file({"w": torch.zeros(4)}, str(two))
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"two.safetensors has other tensors than .*one"):
+        average([one, two], tmp_path / "mean.safetensors")
+    with pytest.raises(ValueError, match=r"broken.safetensors is not a readable"):
+        average([one, broken], tmp_path / "mean.safetensors")
+    assert not (tmp_path / "mean.safetensors").exists()

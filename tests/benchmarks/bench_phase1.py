@@ -29,6 +29,8 @@ def clock(work, *, repeats: int = 1, timer=time.perf_counter):
     for _ in range(repeats):
         start = timer()
         result = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         best = min(best, timer() - start)
     return best, result
 
@@ -164,7 +166,10 @@ def _print(rows, options, batch) -> None:
     print("  ".join(f"{key:>12}" for key in rows[0]))
     for row in rows:
         print("  ".join(f"{value:12.2f}" for value in row.values()))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if options.device == "cpu":
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        memory = torch.cuda.max_memory_allocated() / 2**30
     print(
         f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}, "
         f"stopping early {np.mean([r['ratio_early'] for r in rows]):.1f}; "

@@ -148,6 +148,7 @@ def times(o: argparse.Namespace) -> None:
     """Print seconds an image and memory of every setting, and how much faster it is."""
     rows = [("literal, one at a time", {}, {})]
     rows += [row for row in ROWS if o.compile or not row[2].get("compile")]
+    rows = [row for row in rows if not o.only or row[0] in o.only or row is rows[0]]
     print(f"{o.images} images of {o.size} px, {o.threads} threads, {o.device}, {o.clock} time\n")
     print(f"{'':24s} {'steps':>6s} {'calls':>9s} {'s/image':>9s} {'faster':>8s} {'peak GB':>8s}")
     base, context = None, multiprocessing.get_context("spawn")
@@ -295,7 +296,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16, help="images at once, --full and --paper")
     parser.add_argument("--crops", type=int, default=120, help="composites of --full")
-    parser.add_argument("--only", nargs="*", help="settings of --full, e.g. 'mmps ddim 25 karras'")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="these settings, e.g. 'mmps, bf16', or 'mmps ddim 25 karras' of --full",
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time, for a machine that does other work too",
