@@ -70,3 +70,13 @@ def test_shards_are_not_made_twice(tmp_path):
     prepare(tmp_path, 3, seed=1, shard=1)
     assert [p.stat().st_mtime_ns for p in paths] == before
     assert len(Scenes(tmp_path)) == 3
+
+
+def test_workers_draw_the_same_scenes(tmp_path):
+    for name, workers in (("one", 0), ("two", 2)):
+        prepare(tmp_path / name, 3, seed=5, shard=1, workers=workers)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in files:
+        one, two = (np.load(tmp_path / folder / name) for folder in ("one", "two"))
+        assert np.array_equal(one, two)

