@@ -171,7 +171,7 @@ def build_classifier(
         else:
             network = _blank(name, n_classes)
             if weights is None and name == "lite0":
-                _load(network, features.lite0_state_dict(), "the package of lite0", False)
+                _load(network, features.lite_state_dict(), "the package of lite0", False)
             elif weights not in (None, "random"):
                 _load(network, _read(Path(weights)), str(weights), keep_head)
     return Classifier(name, network, n_classes).eval()

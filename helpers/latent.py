@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.weights import write_weights
+
 __all__ = [
     "AUTOENCODER_WEIGHTS",
     "LATENT_SCHEDULE",
@@ -384,15 +386,8 @@ def save_weights(
     config : mapping
         Arguments of the builder and of :class:`LatentDiffusion`, kept as JSON in the header.
     """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
-    temporary = path.with_name(f".{path.stem}.tmp")
-    save_file(tensors, str(temporary), metadata={"config": json.dumps({"kind": kind, **config})})
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    tensors = {key: value.half() for key, value in state.items()}
+    write_weights(path, tensors, {"config": json.dumps({"kind": kind, **config})})
 
 
 def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -34,6 +34,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from helpers.weights import read_weights
+
 #: Weights of the small model, shipped with the book.
 SMALL_WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights" / "sam_small.safetensors"
 #: Where official checkpoints are kept after the download.
@@ -55,6 +57,8 @@ OFFICIAL: dict[str, tuple[str, str]] = {
 }
 #: Ways to take one mask of the three that a single click gives.
 MASK_CHOICES = ("best", "smallest", "middle", "largest", "single")
+#: Arguments of :func:`build_small_sam`, which the file of its weights names.
+SMALL_SETTINGS = ("image_size", "dim", "body", "width", "blocks")
 _STRIDE = 8
 #: Places of the image upscaled at once on a CPU: their 16 times as many vectors fit the cache.
 _PIECE = 1024
@@ -276,31 +280,23 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _read_small(path: Path, image_size: int | None) -> Sam:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    metadata, state = read_weights(path)
     if metadata.get("kind") != "sam_small":
         raise ValueError(
             f"{path} holds weights of kind {metadata.get('kind')!r}, not 'sam_small'. "
             "Give the file that `python -m helpers.train_sam` writes."
         )
-    missing = {"image_size", "dim", "body", "width", "blocks"} - metadata.keys()
+    missing = set(SMALL_SETTINGS) - metadata.keys()
     if missing:
         raise ValueError(
             f"{path} does not say how its network is built ({', '.join(sorted(missing))}): it was "
             "written by another version. Train it anew with `python -m helpers.train_sam`."
         )
-    sam = build_small_sam(
-        image_size or int(metadata["image_size"]),
-        body=metadata["body"],
-        **{key: int(metadata[key]) for key in ("dim", "width", "blocks")},
-    )
-    sam.load_state_dict(state)
+    built = {key: metadata[key] if key == "body" else int(metadata[key]) for key in SMALL_SETTINGS}
+    if image_size:
+        built["image_size"] = image_size
+    sam = build_small_sam(**built)
+    sam.load_state_dict({key: value.float() for key, value in state.items()})
     return sam
 
 

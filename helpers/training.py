@@ -7,6 +7,7 @@ at any step with the same result.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import pickle
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 
 from helpers.sam import resolve_device
+from helpers.weights import read_weights, write_weights
 
-__all__ = ["Recipe", "Trainer", "average", "digest", "learning_rate"]
+__all__ = ["Recipe", "Trainer", "add_average", "average", "digest", "learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,9 @@ def average(paths: Sequence[Path], path: Path) -> None:
     ValueError
         If there are no files, one cannot be read, or their tensors do not agree.
     """
-    from safetensors.torch import save_file
-
     if not paths:
         raise ValueError("no weights to average: give at least one file")
-    said, states = zip(*map(_read, paths), strict=True)
+    said, states = zip(*map(read_weights, paths), strict=True)
     shapes = [{key: value.shape for key, value in state.items()} for state in states]
     for each, shape in zip(paths, shapes, strict=True):
         if shape != shapes[0]:
@@ -102,21 +102,18 @@ def average(paths: Sequence[Path], path: Path) -> None:
         else last
         for key, last in states[-1].items()
     }
-    temporary = Path(path).with_suffix(".tmp")
-    save_file(mean, str(temporary), metadata={**said[0], "mean_of": str(len(states))})
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    write_weights(path, mean, {**said[0], "mean_of": str(len(states))})
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """Give a command line the option of :func:`average`."""
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="write the mean of these weights instead of training",
+    )
 
 
 class Trainer:

@@ -90,7 +90,7 @@ def test_crop_errors(mask, background, message):
 
 
 def test_lite0_weights_fit_timm_tensor_by_tensor():
-    weights = features.lite0_state_dict()
+    weights = features.lite_state_dict()
     assert len(weights) == 296
     assert weights["conv_stem.weight"].shape == (32, 3, 3, 3)
     assert weights["classifier.weight"].shape == (1000, 1280)
@@ -101,7 +101,7 @@ def test_lite0_sees_a_cat_and_a_cup_of_espresso():
     import timm
 
     network = timm.create_model("tf_efficientnet_lite0")
-    network.load_state_dict(features.lite0_state_dict())
+    network.load_state_dict(features.lite_state_dict())
     network.eval()
     probabilities = []
     for image in (data.chelsea(), data.coffee()):
