@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.weights import write_weights
+from helpers.weights import read_weights, write_weights
 
 __all__ = [
     "AUTOENCODER_WEIGHTS",
@@ -391,28 +391,20 @@ def save_weights(
 
 
 def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
+    """State dictionary in single precision and settings of a file of :func:`save_weights`."""
     if not path.exists():
         raise FileNotFoundError(
             f"no {kind} weights at {path}: restore the file, or train it with "
             f"python -m helpers.train_latent {kind}"
         )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            config = json.loads(metadata.get("config", "{}"))
-            config.setdefault("kind", metadata.get("kind"))
-            if config["kind"] != kind:
-                raise ValueError(
-                    f"{path.name} holds no {kind!r} weights (kind: {config['kind']!r}): give the "
-                    "file that helpers.train_latent wrote"
-                )
-            state = {key: file.get_tensor(key).float() for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is no safetensors file ({error})") from None
-    return state, config
+    metadata, state = read_weights(path)
+    config = json.loads(metadata.get("config", "{}"))
+    if config.get("kind") != kind:
+        raise ValueError(
+            f"{path.name} holds no {kind!r} weights (kind: {config.get('kind')!r}): give the "
+            "file that helpers.train_latent wrote"
+        )
+    return {key: value.float() for key, value in state.items()}, config
 
 
 def load_autoencoder(path: str | Path = AUTOENCODER_WEIGHTS, **options: Any) -> LatentDiffusion:

@@ -183,7 +183,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="train_latent unet"):
         load_latent_diffusion(tmp_path)
     (tmp_path / "autoencoder.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_autoencoder(tmp_path / "autoencoder.safetensors")
 
 

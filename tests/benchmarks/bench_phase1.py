@@ -11,8 +11,6 @@ what takes long there.
 from __future__ import annotations
 
 import argparse
-import resource
-import time
 
 import numpy as np
 import torch
@@ -20,19 +18,15 @@ from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
 from helpers.superpixels import draw_points, superpixels
+from tests.benchmarks.measure import clock, peak_memory
 from tests.literal_phase1 import literal_anchors, literal_proposals
 
 
-def clock(work, *, repeats: int = 1, timer=time.perf_counter):
-    """Best time of `repeats` runs by a timer, and the last result."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = timer()
-        result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, timer() - start)
-    return best, result
+def fast(model, image, points: np.ndarray, dtype: torch.dtype | None):
+    """Anchors of one image and the proposals behind them."""
+    embedding = sam.embed(model, image, dtype=dtype)
+    proposals = sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype)
+    return anchors.choose_anchors(proposals, len(points))[0], proposals
 
 
 def bare(model, image, n_points: int, batch: int, dtype: torch.dtype | None) -> float:
@@ -87,16 +81,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = sam.load_sam(options.checkpoint, device=options.device)
     plain = as_built(model, options.checkpoint)
     batch = sam.default_batch(model)
-    rows = []
+    dtype = torch.bfloat16 if options.bf16 else None
+    rows, memory = [], None
     for i in range(options.images):
         grade = phantom.GRADES["colon"][i % 4]
         image = phantom.render(i, seed=42, grade=grade, size=(options.side,) * 2).image
         labels = superpixels(image, options.segments)
         points = draw_points(labels, options.points, rng=np.random.default_rng(i))
-
-        dtype = torch.bfloat16 if options.bf16 else None
+        fast(model, image, points, dtype)  # warm up
+        memory = memory or peak_memory(model.device)  # before the literal form has run
         rows.append(_row(model, plain, image, points, options.literal, batch, dtype))
-    _print(rows, options, batch)
+    _print(rows, options, batch, memory)
     return rows
 
 
@@ -104,18 +99,12 @@ def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
     """Times and agreement of one image."""
     n, k, _ = points.shape
 
-    def fast():
-        embedding = sam.embed(model, image, dtype=dtype)
-        proposals = sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype)
-        return anchors.choose_anchors(proposals, n)[0], proposals
-
     def rounds():
         embedding = sam.embed(model, image, dtype=dtype)
         proposals, asked = anchors.ask_in_rounds(model, embedding, points, how={"dtype": dtype})
         return anchors.choose_anchors(proposals, n, asked=asked)[0], asked
 
-    fast()  # warm up
-    quick, (index, proposals) = clock(fast)
+    quick, (index, proposals) = clock(lambda: fast(model, image, points, dtype))
     early, (stopped, asked) = clock(rounds)
     slow, same = _literal(plain, image, points, n_literal, index, proposals)
     masks = proposals.masks()
@@ -157,7 +146,7 @@ def _iou(a, b):
     return (a & b).sum() / max(1, (a | b).sum())
 
 
-def _print(rows, options, batch) -> None:
+def _print(rows, options, batch, memory) -> None:
     print(
         f"phase 1, {options.checkpoint}{' (random)' if options.random else ''}, "
         f"{'bfloat16' if options.bf16 else 'full precision'}, "
@@ -166,15 +155,11 @@ def _print(rows, options, batch) -> None:
     print("  ".join(f"{key:>12}" for key in rows[0]))
     for row in rows:
         print("  ".join(f"{value:12.2f}" for value in row.values()))
-    if options.device == "cpu":
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    else:
-        memory = torch.cuda.max_memory_allocated() / 2**30
     print(
         f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}, "
         f"stopping early {np.mean([r['ratio_early'] for r in rows]):.1f}; "
         f"fast / bare passes: {np.mean([r['over_bare'] for r in rows]):.2f}; "
-        f"peak memory {memory:.2f} GB"
+        f"peak memory of the fast form {memory:.2f} GB"
     )
 
 

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import math
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 from helpers import features, phantom, quality, replacement
 from helpers.diffusion import inpaint, network_calls, spawn, timesteps
 from helpers.latent import LatentDiffusion, latent_known, load_latent_diffusion, to_tensor, to_uint8
+from tests.benchmarks.measure import peak_memory
 
 #: Settings that are timed: name, options of :func:`inpaint`, options of the loader.
 ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
@@ -68,13 +68,6 @@ def literal(
     decoded = to_uint8(model.decode(z.detach()))[0]
     model.unet.requires_grad_(False).zero_grad(set_to_none=True)
     return np.where(unknown[..., None], decoded, image)
-
-
-def peak() -> float:
-    """Largest memory of the process so far (on a GPU: of the GPU), GB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ def timed(row: tuple, o: argparse.Namespace) -> tuple[str, int, str, float, floa
         start = clock()
         literal(model, images[0], unknown[0], steps=o.steps, run=o.run)
         seconds = (clock() - start) * o.steps / o.run
-        return name, o.steps, f"{o.steps}+{o.steps}", seconds, peak()
+        return name, o.steps, f"{o.steps}+{o.steps}", seconds, peak_memory(o.device)
     sampling = {"solver": "sde-dpm++", "spacing": "karras", **sampling}
     inpaint(model, images, unknown, steps=1, **sampling)
     start = clock()
@@ -141,7 +134,7 @@ def timed(row: tuple, o: argparse.Namespace) -> tuple[str, int, str, float, floa
     seconds = (clock() - start) / o.images
     counted = {k: v for k, v in sampling.items() if k != "context"}
     calls = "+".join(str(c) for c in network_calls(o.fast, **counted))
-    return name, o.fast, calls, seconds, peak()
+    return name, o.fast, calls, seconds, peak_memory(o.device)
 
 
 def times(o: argparse.Namespace) -> None:
@@ -281,7 +274,7 @@ def paper(o: argparse.Namespace) -> None:
         inpaint(model, images, unknown, steps=steps, generator=0, **options)
         seconds = (time.perf_counter() - start) / batch
         print(f"{method:12s} {steps} steps, batch {batch}: {seconds:.2f} s/image, "
-              f"peak {peak():.1f} GB")  # fmt: skip
+              f"peak {peak_memory(o.device):.1f} GB")  # fmt: skip
 
 
 def main() -> None:

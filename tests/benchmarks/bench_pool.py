@@ -19,13 +19,13 @@ import pandas as pd
 from helpers import features, pool, segment_table
 from helpers.draws import Sampler, draw_log_probabilities
 from helpers.placement import affine_by_fit, affine_from_moments, iou, warp_mask
-from tests.benchmarks import bench_phase1
+from tests.benchmarks import measure
 
 SIDE, A_IMAGE = 64, 25  # pixels of an image, segments of an image
 
 
 #: Processor time, which other work on the machine does not lengthen.
-clock = partial(bench_phase1.clock, timer=time.process_time)
+clock = partial(measure.clock, timer=time.process_time)
 
 
 def stamps() -> np.ndarray:
