@@ -4,6 +4,7 @@ Each superpixel gets K proposals.
 A proposal is summarised by its identity vector, the vectors are clustered, and the most frequent
 mask of the largest cluster becomes the superpixel's anchor.
 Identity vectors and clusters are computed on masks of low resolution; only anchors are scaled up.
+Whatever touches pixels runs where the masks are, on a GPU too; only small tables come back.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from helpers.superpixels import draw_points, superpixels
 
 LINKAGES = ("average", "complete", "single")
 
+#: Pixels of masks that a GPU compares at once. A CPU takes one superpixel at a time, whose masks
+#: stay in its cache.
+_PIXELS_AT_ONCE = 2**27
 
-def identity_vectors(masks: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+
+def identity_vectors(
+    masks: np.ndarray | torch.Tensor, original_size: tuple[int, int]
+) -> np.ndarray:
     r"""Compute identity vectors v = (X, Y, sqrt(CNT)) of masks.
 
     Parameters
     ----------
-    masks : (n, h, w) bool ndarray
+    masks : (n, h, w) bool ndarray or Tensor
         At any resolution, covering the image.
     original_size : (int, int)
         Height and width of the image; the vectors are in its pixels.
@@ -39,14 +46,16 @@ def identity_vectors(masks: np.ndarray, original_size: tuple[int, int]) -> np.nd
     (n, 3) float64 ndarray
         Centroid and square root of the pixel count. Rows of empty masks are NaN.
     """
-    masks = np.asarray(masks)
-    if masks.ndim != 3 or masks.dtype != bool:
+    masks = torch.as_tensor(masks)
+    if masks.ndim != 3 or masks.dtype != torch.bool:
         raise ValueError(
-            f"masks have shape {masks.shape} and dtype {masks.dtype}; expected (n, h, w) bool."
+            f"masks have shape {tuple(masks.shape)} and dtype {masks.dtype}; "
+            "expected (n, h, w) bool."
         )
     n, h, w = masks.shape
     sy, sx = original_size[0] / h, original_size[1] / w
-    rows, columns = masks.sum(2, dtype=np.float64), masks.sum(1, dtype=np.float64)
+    ones = masks.float()
+    rows, columns = (ones.sum(axis).cpu().numpy().astype(np.float64) for axis in (2, 1))
     count = rows.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         x = (columns @ np.arange(w)) / count
@@ -93,28 +102,31 @@ def cluster(
     return np.argsort(np.argsort(first))[inverse]
 
 
-def iou_matrix(a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+def iou_matrix(
+    a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor | None = None
+) -> np.ndarray:
     """IoU of every mask of `a` with every mask of `b` (default `a`).
 
     Parameters
     ----------
-    a, b : (n, H, W) and (m, H, W) bool ndarray
+    a, b : (..., n, H, W) and (..., m, H, W) bool ndarray or Tensor
+        Leading axes are gone through side by side.
 
     Returns
     -------
-    (n, m) float64 ndarray
+    (..., n, m) float64 ndarray
         0 where both masks are empty.
     """
-    pixels = int(np.prod(a.shape[1:]))
-    x = a.reshape(len(a), pixels).astype(np.float32)
-    y = x if b is None else b.reshape(len(b), pixels).astype(np.float32)
-    both = (x @ y.T).astype(np.float64)
-    either = x.sum(1, dtype=np.float64)[:, None] + y.sum(1, dtype=np.float64) - both
-    return both / np.maximum(either, 1)
+    x = torch.as_tensor(a).flatten(-2).float()
+    y = x if b is None else torch.as_tensor(b).flatten(-2).float()
+    both = (x @ y.mT).double()
+    count_x, count_y = (ones.sum(-1).double() for ones in (x, y))
+    either = count_x[..., :, None] + count_y[..., None, :] - both
+    return (both / either.clamp(min=1)).cpu().numpy()
 
 
 def anchor_index(
-    masks: np.ndarray, iou: np.ndarray, labels: np.ndarray, *, iou_duplicate: float = 0.9
+    overlap: np.ndarray, iou: np.ndarray, labels: np.ndarray, *, iou_duplicate: float = 0.9
 ) -> int:
     """Choose the anchor among the proposals of one superpixel.
 
@@ -123,7 +135,8 @@ def anchor_index(
 
     Parameters
     ----------
-    masks : (K, h, w) bool ndarray
+    overlap : (K, K) float ndarray
+        :func:`iou_matrix` of the proposals.
     iou : (K,) float ndarray
         Predicted IoU.
     labels : (K,) int ndarray
@@ -134,9 +147,9 @@ def anchor_index(
     Returns
     -------
     int
-        Index into `masks`.
+        Which of the K proposals.
     """
-    if len(masks) == 0:
+    if len(overlap) == 0:
         raise ValueError("no proposals to choose an anchor from.")
     if not 0 < iou_duplicate <= 1:
         raise ValueError(f"iou_duplicate = {iou_duplicate}; it must lie in (0, 1].")
@@ -145,15 +158,15 @@ def anchor_index(
     mean = np.bincount(labels, iou) / np.maximum(size, 1)
     winner = max(range(len(size)), key=lambda c: (size[c], round(mean[c], 9), -c))
     members = np.flatnonzero(labels == winner)
-    overlap = iou_matrix(masks[members])
-    frequent = (overlap >= iou_duplicate).sum(1)
-    closeness = np.round(overlap.sum(1), 9)
+    within = overlap[np.ix_(members, members)]
+    frequent = (within >= iou_duplicate).sum(1)
+    closeness = np.round(within.sum(1), 9)
     best = np.lexsort((-closeness, -frequent))[0]
     return int(members[best])
 
 
 def settled(
-    masks: np.ndarray,
+    overlap: np.ndarray,
     iou: np.ndarray,
     labels: np.ndarray,
     remaining: int,
@@ -180,8 +193,8 @@ def settled(
 
     Parameters
     ----------
-    masks, iou, labels, iou_duplicate
-        Proposals so far, as in :func:`anchor_index`.
+    overlap, iou, labels, iou_duplicate
+        Of the proposals so far, as in :func:`anchor_index`.
     remaining : int
         Prompts of the superpixel that are not decoded yet.
 
@@ -191,16 +204,16 @@ def settled(
     """
     if remaining < 1:
         return True
-    if not len(masks):
+    if not len(overlap):
         return False
     size = np.sort(np.append(np.bincount(labels), 0))
     if size[-1] <= size[-2] + remaining:
         return False
-    anchor = anchor_index(masks, iou, labels, iou_duplicate=iou_duplicate)
+    anchor = anchor_index(overlap, iou, labels, iou_duplicate=iou_duplicate)
     members = np.flatnonzero(np.asarray(labels) == labels[anchor])
-    overlap = iou_matrix(masks[members])
-    near = overlap[members == anchor][0] >= iou_duplicate
-    related = overlap[~near][:, ~near] >= 1 - 2 * (1 - iou_duplicate)
+    near = overlap[anchor, members] >= iou_duplicate
+    others = members[~near]
+    related = overlap[np.ix_(others, others)] >= 1 - 2 * (1 - iou_duplicate)
     return bool(near.sum() > related.sum(1).max(initial=0) + remaining)
 
 
@@ -290,8 +303,8 @@ def prompt(
     image: np.ndarray,
     *,
     rng: np.random.Generator,
-    n_segments: int = 64,
-    n_points: int = 7,
+    n_segments: int = 110,
+    n_points: int = 4,
     compactness: float = 40.0,
     sigma: float = 2.0,
     points_per_batch: int | None = None,
@@ -382,41 +395,47 @@ def ask_in_rounds(
     side = float(np.sqrt(np.prod(embedding.original_size)))
     asked, unsettled = np.zeros((n, k), bool), np.arange(n)
     rows, found = [], []
-    per_superpixel: list[list[np.ndarray]] = [[] for _ in range(n)]
-    iou, at = np.zeros((n, k), np.float32), 0
+    masks, iou, at = None, np.zeros((n, k), np.float32), 0
     for stop in [*range(k // 2 + 1, k, step), k]:
         part = propose(sam, embedding, points[unsettled, at:stop].reshape(-1, 2), **(how or {}))
         rows.append((unsettled[:, None] * k + np.arange(at, stop)).ravel())
         found.append(part)
         asked[unsettled, at:stop] = True
         iou[unsettled, at:stop] = part.iou.reshape(len(unsettled), -1)
-        masks = part.masks().reshape(len(unsettled), stop - at, *part.logits.shape[1:])
-        for i, new in zip(unsettled, masks, strict=True):
-            per_superpixel[i].append(new)
-        at = stop
-        unsettled = np.array(
+        new = (part.logits > 0).unflatten(0, (len(unsettled), -1))
+        masks = new if masks is None else torch.cat([masks, new], dim=1)
+        vectors, overlap = _compare(masks, embedding.original_size)
+        still_open = np.array(
             [
-                i
-                for i in unsettled
-                if not _is_settled(
-                    np.concatenate(per_superpixel[i]), iou[i, :stop], k - stop,
-                    embedding.original_size, distance_threshold * side, linkage, iou_duplicate,
+                not _is_settled(
+                    vectors[j], overlap[j], iou[i, :stop], k - stop,
+                    distance_threshold * side, linkage, iou_duplicate,
                 )
-            ],
-            dtype=np.int64,
+                for j, i in enumerate(unsettled)
+            ]
         )  # fmt: skip
+        masks, unsettled, at = masks[still_open], unsettled[still_open], stop
         if not len(unsettled):
             break
-    padded = torch.full((n * k, *found[0].padded.shape[1:]), -1.0)
-    padded[torch.from_numpy(np.concatenate(rows))] = torch.cat([part.padded for part in found])
+    padded = found[0].padded.new_full((n * k, *found[0].padded.shape[1:]), -1.0)
+    padded[np.concatenate(rows)] = torch.cat([part.padded for part in found])
     return replace(found[0], padded=padded, iou=iou.ravel()), asked
 
 
-def _is_settled(masks, iou, remaining, size, threshold, linkage, iou_duplicate) -> bool:
-    vectors = identity_vectors(masks, size)
-    filled = np.isfinite(vectors[:, 0])
+def _is_settled(vectors, overlap, iou, remaining, threshold, linkage, iou_duplicate) -> bool:
+    filled = np.flatnonzero(np.isfinite(vectors[:, 0]))
     labels = cluster(vectors[filled], distance_threshold=threshold, linkage=linkage)
-    return settled(masks[filled], iou[filled], labels, remaining, iou_duplicate=iou_duplicate)
+    overlap = overlap[np.ix_(filled, filled)]
+    return settled(overlap, iou[filled], labels, remaining, iou_duplicate=iou_duplicate)
+
+
+def _compare(masks: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Identity vectors (n, K, 3) of masks (n, K, h, w), and IoU (n, K, K) within each of the n."""
+    at_once = 1 if masks.device.type == "cpu" else _PIXELS_AT_ONCE // masks[0].numel()
+    parts = masks.split(max(1, at_once))
+    vectors = [identity_vectors(part.flatten(0, 1), size) for part in parts]
+    overlap = [iou_matrix(part) for part in parts]
+    return np.concatenate(vectors).reshape(*masks.shape[:2], 3), np.concatenate(overlap)
 
 
 def take(prompted: Prompted, columns: slice) -> Prompted:
@@ -463,22 +482,23 @@ def choose_anchors(
     support : (n_superpixels,) float64 ndarray
         Share of the decoded proposals in the winning cluster.
     """
-    masks = proposals.masks()
-    k = len(masks) // n_superpixels
-    vectors = identity_vectors(masks, proposals.original_size)
+    masks = (proposals.logits > 0).unflatten(0, (n_superpixels, -1))
+    k = masks.shape[1]
+    vectors, overlap = _compare(masks, proposals.original_size)
+    scores = proposals.iou.reshape(n_superpixels, k)
     side = float(np.sqrt(np.prod(proposals.original_size)))
     index = np.full(n_superpixels, -1, np.int64)
     support = np.zeros(n_superpixels)
     for i in range(n_superpixels):
-        rows = np.arange(i * k, (i + 1) * k)
-        rows = rows[np.isfinite(vectors[rows, 0])]
-        if not len(rows):
+        filled = np.flatnonzero(np.isfinite(vectors[i, :, 0]))
+        if not len(filled):
             continue
         labels = cluster(
-            vectors[rows], distance_threshold=distance_threshold * side, linkage=linkage
+            vectors[i, filled], distance_threshold=distance_threshold * side, linkage=linkage
         )
-        best = anchor_index(masks[rows], proposals.iou[rows], labels, iou_duplicate=iou_duplicate)
-        index[i] = rows[best]
+        among = overlap[i][np.ix_(filled, filled)]
+        best = anchor_index(among, scores[i, filled], labels, iou_duplicate=iou_duplicate)
+        index[i] = i * k + filled[best]
         n_asked = k if asked is None else asked[i].sum()
         support[i] = (labels == labels[best]).sum() / n_asked
     return index, support

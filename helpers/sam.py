@@ -468,7 +468,7 @@ class Proposals:
     Attributes
     ----------
     padded : (n, L, L) float tensor
-        Logits over the padded square that the network sees.
+        Logits over the padded square that the network sees, on its device.
     iou : (n,) float32 ndarray
         Predicted IoU of each mask, clipped to [0, 1].
     input_size, original_size : (int, int)
@@ -886,8 +886,8 @@ def propose(
     scaled = ResizeLongestSide(size).apply_coords(points, embedding.original_size)
     xy = torch.as_tensor(scaled, dtype=torch.float32, device=sam.device)
     low = 4 * embedding.features.shape[-1]
-    kept = torch.empty(len(xy), low, low)
-    scores = torch.empty(len(xy))
+    kept = torch.empty(len(xy), low, low, device=sam.device)
+    scores = torch.empty(len(xy), device=sam.device)
     outputs = mask_choice if mask_choice in ("best", "single") else "all"
     with _precision(sam, dtype):
         side = image_side(sam, embedding.features)
@@ -902,8 +902,8 @@ def propose(
             )
         if outputs == "all":
             logits, iou = _by_area(logits, iou, mask_choice, embedding, size)
-        kept[start : start + batch] = logits[0, :, 0].float().cpu()
-        scores[start : start + batch] = iou[0, :, 0].float().cpu()
+        kept[start : start + batch] = logits[0, :, 0].float()
+        scores[start : start + batch] = iou[0, :, 0].float()
 
     starts = range(0, len(xy), batch)
     done = _side_by_side(answer, starts, sam.device)
@@ -911,7 +911,7 @@ def propose(
         pass
     return Proposals(
         kept,
-        scores.clamp(0, 1).numpy(),
+        scores.clamp(0, 1).cpu().numpy(),
         embedding.input_size,
         embedding.original_size,
         size,

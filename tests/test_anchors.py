@@ -127,26 +127,26 @@ def test_anchor_is_the_most_frequent_mask_of_the_largest_cluster():
     right = [_disc(shape, (20, 20), r) for r in (7, 12, 12, 12, 9)]
     masks = np.stack(wrong + right)
     labels = np.array([0, 0, 1, 1, 1, 1, 1])
-    assert anchor_index(masks, np.ones(7), labels) == 3
+    assert anchor_index(iou_matrix(masks), np.ones(7), labels) == 3
 
 
 def test_ties_between_clusters_go_to_the_predicted_iou():
     masks = np.stack([_disc((40, 40), (10, 10), 5)] * 2 + [_disc((40, 40), (30, 30), 5)] * 2)
-    labels = np.array([0, 0, 1, 1])
-    assert anchor_index(masks, np.array([0.5, 0.5, 0.9, 0.9]), labels) == 2
-    assert anchor_index(masks, np.array([0.9, 0.9, 0.5, 0.5]), labels) == 0
+    labels, overlap = np.array([0, 0, 1, 1]), iou_matrix(masks)
+    assert anchor_index(overlap, np.array([0.5, 0.5, 0.9, 0.9]), labels) == 2
+    assert anchor_index(overlap, np.array([0.9, 0.9, 0.5, 0.5]), labels) == 0
 
 
 def test_ties_within_a_cluster_go_to_the_medoid():
     masks = np.stack([_disc((40, 40), (20, 20), r) for r in (4, 8, 12)])
-    assert anchor_index(masks, np.ones(3), np.zeros(3, int)) == 1
+    assert anchor_index(iou_matrix(masks), np.ones(3), np.zeros(3, int)) == 1
 
 
 def test_bad_anchor():
     with pytest.raises(ValueError, match="no proposals"):
-        anchor_index(np.zeros((0, 4, 4), bool), np.zeros(0), np.zeros(0, int))
+        anchor_index(np.zeros((0, 0)), np.zeros(0), np.zeros(0, int))
     with pytest.raises(ValueError, match="iou_duplicate"):
-        anchor_index(np.ones((1, 4, 4), bool), np.ones(1), np.zeros(1, int), iou_duplicate=0)
+        anchor_index(np.ones((1, 1)), np.ones(1), np.zeros(1, int), iou_duplicate=0)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -206,34 +206,33 @@ def test_part_of_the_prompts(random_sam):
 
 def _first_settled(masks, iou, threshold, linkage="average"):
     """Number of proposals after which a superpixel is settled, and the anchor by then."""
-    vectors = identity_vectors(masks, masks.shape[1:])
+    vectors, overlap = identity_vectors(masks, masks.shape[1:]), iou_matrix(masks)
     for n in range(1, len(masks) + 1):
         labels = cluster(vectors[:n], distance_threshold=threshold, linkage=linkage)
-        if settled(masks[:n], iou[:n], labels, len(masks) - n):
-            return n, anchor_index(masks[:n], iou[:n], labels)
+        if settled(overlap[:n, :n], iou[:n], labels, len(masks) - n):
+            return n, anchor_index(overlap[:n, :n], iou[:n], labels)
     raise AssertionError("nothing remains, so it is settled")
 
 
 def _anchor(masks, iou, threshold, linkage="average"):
     vectors = identity_vectors(masks, masks.shape[1:])
     labels = cluster(vectors, distance_threshold=threshold, linkage=linkage)
-    return anchor_index(masks, iou, labels)
+    return anchor_index(iou_matrix(masks), iou, labels)
 
 
 def test_a_majority_of_equal_masks_settles_and_no_fewer_do():
-    masks, ones = np.repeat(_disc((40, 40), (20, 20), 9)[None], 15, 0), np.ones(15)
-    labels = np.zeros(15, int)
-    assert settled(masks[:8], ones[:8], labels[:8], 7)
-    assert not settled(masks[:7], ones[:7], labels[:7], 8)
-    assert settled(masks[:1], ones[:1], labels[:1], 0)
-    assert not settled(masks[:0], ones[:0], labels[:0], 3)
+    overlap, ones, labels = np.ones((15, 15)), np.ones(15), np.zeros(15, int)
+    assert settled(overlap[:8, :8], ones[:8], labels[:8], 7)
+    assert not settled(overlap[:7, :7], ones[:7], labels[:7], 8)
+    assert settled(overlap[:1, :1], ones[:1], labels[:1], 0)
+    assert not settled(overlap[:0, :0], ones[:0], labels[:0], 3)
 
 
 def test_a_large_cluster_without_frequent_mask_does_not_settle():
     masks = np.stack([_disc((60, 60), (30, 30), r) for r in (5, 7, 9, 11, 13, 15, 17, 20)])
-    labels, ones = np.zeros(8, int), np.ones(8)
-    assert not settled(masks, ones, labels, 7)
-    assert not settled(masks, ones, labels, 1)
+    overlap, labels, ones = iou_matrix(masks), np.zeros(8, int), np.ones(8)
+    assert not settled(overlap, ones, labels, 7)
+    assert not settled(overlap, ones, labels, 1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -342,6 +341,39 @@ def test_iou_matrix_by_hand():
     masks = np.zeros((3, 2, 4), bool)
     masks[0, 0], masks[1, 0, :2] = True, True
     np.testing.assert_allclose(iou_matrix(masks), [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 0]])
+
+
+def test_measures_of_masks_take_tensors_and_leading_axes():
+    rng = np.random.default_rng(0)
+    masks = rng.random((2, 3, 6, 7)) < 0.4
+    others = rng.random((2, 4, 6, 7)) < 0.4
+    found = iou_matrix(torch.from_numpy(masks), torch.from_numpy(others))
+    expected = [
+        [[(a & b).sum() / (a | b).sum() for b in right] for a in left]
+        for left, right in zip(masks, others, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(iou_matrix(masks)[1], iou_matrix(masks[1]))
+    np.testing.assert_array_equal(
+        identity_vectors(torch.from_numpy(masks[0]), (12, 14)), identity_vectors(masks[0], (12, 14))
+    )
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 6, 7\).*expected \(n, h, w\) bool"):
+        identity_vectors(masks, (12, 14))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_gpu_gives_the_anchors_of_the_cpu(early_stop):
+    image = phantom.render(0, seed=8, size=(150, 210)).image
+    there, here = (
+        segment(
+            load_sam("small", device=device), image, rng=np.random.default_rng(0),
+            n_segments=12, n_points=6, early_stop=early_stop,
+        )
+        for device in ("cuda", "cpu")
+    )  # fmt: skip
+    assert len(there) == len(here)
+    assert np.diag(iou_matrix(there.masks, here.masks)).min() > 0.95
 
 
 def test_small_segments_stay_visible_in_the_map():
