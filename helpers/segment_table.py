@@ -433,7 +433,7 @@ def _to_coco(segments: Segments, info: dict) -> dict:
 
 def _from_coco(document: Mapping[str, Any]) -> Segments:
     labels = {c["id"]: str(c["name"]) for c in document["categories"]}
-    boxes_of = {image["id"]: image for image in document["images"]}
+    by_id = {image["id"]: image for image in document["images"]}
     images = pd.DataFrame(
         [_image_row(image) for image in document["images"]],
         columns=[*_IMAGE_KEYS, "height", "width"],
@@ -441,9 +441,12 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
     ours = "format" in document.get("info", {})
     rows, rles = [], []
     for a in document["annotations"]:
-        image = boxes_of[a["image_id"]]
+        image = by_id[a["image_id"]]
         rle = _rle(a["segmentation"], image["height"], image["width"])
-        if ours and int(coco.area(rle)) != a["area"]:
+        area = int(coco.area(rle))
+        if not area:
+            raise ValueError(f"the mask of annotation {a['id']} is empty: leave it out")
+        if ours and area != a["area"]:
             raise ValueError(f"the mask of annotation {a['id']} has not the area it was saved with")
         rles.append(rle)
         rows.append(_segment_row(a, _image_row(image), labels.get(a.get("category_id"), ""), rle))
@@ -462,7 +465,7 @@ def _image_row(image: Mapping[str, Any]) -> dict:
 
 
 def _segment_row(a: Mapping[str, Any], image: Mapping[str, Any], label: str, rle: dict) -> dict:
-    x, y, w, h = (int(v) for v in a.get("bbox") or coco.toBbox(rle))
+    x, y, w, h = (int(v) for v in coco.toBbox(rle))  # other tools round theirs
     if "centroid" in a and "border" in a:
         (cx, cy), cut = a["centroid"], a["border"]
     else:

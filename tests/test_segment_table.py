@@ -155,7 +155,7 @@ def test_coco_of_other_tools(tmp_path):
             {"id": 1, "image_id": 9, "category_id": 3, "iscrowd": 0, "area": 16,
              "segmentation": [[2, 3, 6, 3, 6, 7, 2, 7]]},
             {"id": 2, "image_id": 9, "category_id": 3, "iscrowd": 1, "area": 10,
-             "bbox": [0, 0, 1, 10], "segmentation": {"size": [10, 12], "counts": [0, 10, 110]}},
+             "bbox": [0.4, 1, 2, 9], "segmentation": {"size": [10, 12], "counts": [0, 10, 110]}},
         ],
     }  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(document))
@@ -165,8 +165,13 @@ def test_coco_of_other_tools(tmp_path):
     assert segments.mask(0)[3:7, 2:6].all() and segments.table["area"].tolist() == [16, 10]
     assert segments.table["border"].tolist() == [False, True]
     assert segments.mask(1)[:, 0].all()
+    assert segments.table.loc[1, list("xywh")].tolist() == [0, 0, 1, 10]  # of the mask
     with pytest.raises(ValueError, match="leakage"):  # no split is no training split
         pooling.build(segments, np.zeros((2, 3)))
+    document["annotations"][1]["segmentation"]["counts"] = [120]
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="mask of annotation 2 is empty"):
+        load_coco(tmp_path / "c.json")
 
 
 def test_load_coco_errors(tmp_path):
