@@ -513,7 +513,6 @@ def anchors(
     iou_merge: float = 0.5,
     min_area: float = 0.002,
     max_area: float = 0.9,
-    clustered: bool = True,
 ) -> Segmentation:
     """Turn proposals into segments: an anchor a superpixel, sizes checked, duplicates removed.
 
@@ -528,9 +527,6 @@ def anchors(
         Anchors that overlap by at least this IoU are one segment.
     min_area, max_area : float
         Segments outside these shares of the image are dropped and counted.
-    clustered : bool
-        False takes the first proposal of each superpixel instead of its anchor: what a single
-        random prompt would give, for comparison.
 
     Returns
     -------
@@ -547,19 +543,14 @@ def anchors(
         )
     if not 0 < iou_merge <= 1:
         raise ValueError(f"iou_merge = {iou_merge}; it must lie in (0, 1].")
-    n, k = prompted.points.shape[:2]
-    if clustered:
-        index, support = choose_anchors(
-            prompted.proposals,
-            n,
-            asked=prompted.asked,
-            distance_threshold=distance_threshold,
-            linkage=linkage,
-            iou_duplicate=iou_duplicate,
-        )
-    else:
-        filled = prompted.proposals.masks()[::k].any((1, 2))
-        index, support = np.where(filled, np.arange(n) * k, -1), np.full(n, 1 / k)
+    index, support = choose_anchors(
+        prompted.proposals,
+        len(prompted.points),
+        asked=prompted.asked,
+        distance_threshold=distance_threshold,
+        linkage=linkage,
+        iou_duplicate=iou_duplicate,
+    )
     return _finish(prompted, index, support, iou_merge, min_area, max_area)
 
 

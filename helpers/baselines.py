@@ -16,6 +16,7 @@ from skimage.color import rgb2lab
 from skimage.segmentation import felzenszwalb, slic
 from sklearn.cluster import AgglomerativeClustering
 
+from helpers.anchors import Prompted, anchors, take
 from helpers.sam import check_image, default_batch
 
 
@@ -136,6 +137,27 @@ def automatic(
     found.sort(key=lambda m: -m["predicted_iou"])
     masks = np.array([m["segmentation"] for m in found[:n]], bool)
     return masks.reshape(-1, *image.shape[:2])
+
+
+def single_prompts(prompted: Prompted, n: int, **settings) -> np.ndarray:
+    """Segments without any clustering: one prompt a superpixel, the `n` best by predicted IoU.
+
+    Parameters
+    ----------
+    prompted : Prompted
+        The first prompt of each superpixel is taken.
+    n : int
+        Masks returned; fewer if there are fewer.
+    **settings
+        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors.
+
+    Returns
+    -------
+    (m, H, W) bool ndarray
+    """
+    _check_count(n)
+    found = anchors(take(prompted, slice(1)), **settings)
+    return found.masks[np.argsort(-found.scores, kind="stable")[:n]]
 
 
 def grid_side(n_prompts: int) -> int:

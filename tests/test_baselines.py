@@ -6,8 +6,16 @@ import torch
 from scipy.ndimage import label
 
 from helpers import phantom
-from helpers.baselines import automatic, graph_based, grid_side, slic_alone, slic_merged
-from helpers.sam import build_small_sam
+from helpers.anchors import Prompted
+from helpers.baselines import (
+    automatic,
+    graph_based,
+    grid_side,
+    single_prompts,
+    slic_alone,
+    slic_merged,
+)
+from helpers.sam import Proposals, build_small_sam
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,26 @@ def test_automatic_masks_are_as_many_as_asked_at_most_and_within_the_sizes(image
     assert len(masks) <= 3 and masks.shape[1:] == image.shape[:2] and masks.dtype == bool
     none = automatic(sam, image, 3, n_prompts=4, min_area=0.5, max_area=0.500001)
     assert none.shape == (0, *image.shape[:2])
+
+
+def test_single_prompts_are_the_best_of_the_first_of_each_superpixel():
+    logits = torch.full((6, 32, 32), -1.0)  # three superpixels with two prompts
+    for i, left in enumerate((2, 12, 22)):
+        logits[2 * i, 4:10, left : left + 6] = 1
+        logits[2 * i + 1, 20:30] = 1
+    iou = np.array([0.5, 0.9, 0.6, 0.9, 0.8, 0.9], np.float32)
+    prompted = Prompted(
+        labels=np.zeros((32, 32), np.int32),
+        points=np.zeros((3, 2, 2), np.int64),
+        proposals=Proposals(logits, iou, (32, 32), (32, 32), 32),
+        asked=np.ones((3, 2), bool),
+    )
+    firsts = logits[::2].numpy() > 0
+    np.testing.assert_array_equal(single_prompts(prompted, 2), firsts[[2, 1]])
+    assert len(single_prompts(prompted, 9)) == 3
+    assert single_prompts(prompted, 9, min_area=0.5).shape == (0, 32, 32)
+    with pytest.raises(ValueError, match="at least one"):
+        single_prompts(prompted, 0)
 
 
 def test_the_grid_has_about_as_many_points_as_prompts():

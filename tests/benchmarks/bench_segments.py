@@ -32,7 +32,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     yield "  merged from IoU 0.7", anchors.anchors(asked, iou_merge=0.7).masks
     yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
     yield "  30 x 15 prompts", anchors.anchors(prompted(n_segments=30, n_points=15)).masks
-    yield "single prompts", anchors.anchors(asked, clustered=False).masks
+    yield "single prompts", baselines.single_prompts(asked, n)
     yield "automatic masks", baselines.automatic(model, image, n, n_prompts=len(asked.proposals))
     yield "SLIC", baselines.slic_alone(image, n)
     yield "SLIC, merged", baselines.slic_merged(image, n)
