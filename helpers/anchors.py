@@ -591,26 +591,27 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
 
 
 def _finish(prompted, index, support, iou_merge, min_area, max_area) -> Segmentation:
-    """Scale the anchors up; drop the empty, small, large and duplicate ones, and count them."""
+    """Drop the empty, small, large and duplicate anchors, count them, scale the others up."""
     proposals = prompted.proposals
     found = np.flatnonzero(index >= 0)
-    masks = np.array([proposals.full(index[i]) for i in found], bool)
+    low = (proposals.logits[index[found]] > 0).cpu().numpy()
+    area = low.mean((1, 2))
+    small, large = area < min_area, area > max_area
+    sized = np.flatnonzero(~small & ~large)
+    kept = sized[deduplicate(low[sized], proposals.iou[index[found[sized]]], iou_merge)]
+    masks = np.array([proposals.full(i) for i in index[found[kept]]], bool)
     masks = masks.reshape(-1, *proposals.original_size)
-    area = masks.mean((1, 2))
-    small, large = area < max(min_area, 1 / max(1, masks[:1].size)), area > max_area
+    filled = masks.any((1, 2))  # a speck may vanish where the image is smaller than its masks
     dropped = {
         "empty": int((index < 0).sum()),
-        "small": int(small.sum()),
+        "small": int(small.sum() + (~filled).sum()),
         "large": int(large.sum()),
+        "duplicate": len(sized) - len(kept),
     }
-    found, masks = found[~small & ~large], masks[~small & ~large]
-    scores = proposals.iou[index[found]].astype(np.float64)
-    kept = deduplicate(masks, scores, iou_merge)
-    dropped["duplicate"] = len(found) - len(kept)
-    masks, found = masks[kept], found[kept]
+    masks, found = masks[filled], found[kept[filled]]
     return Segmentation(
         masks=masks,
-        scores=scores[kept],
+        scores=proposals.iou[index[found]].astype(np.float64),
         support=support[found],
         superpixel=found,
         border=cut_by_border(masks),

@@ -10,6 +10,7 @@ from sklearn.cluster import AgglomerativeClustering
 from helpers import phantom
 from helpers.anchors import (
     anchor_index,
+    anchors,
     ask_in_rounds,
     best_iou,
     choose_anchors,
@@ -341,6 +342,19 @@ def test_iou_matrix_by_hand():
     masks = np.zeros((3, 2, 4), bool)
     masks[0, 0], masks[1, 0, :2] = True, True
     np.testing.assert_allclose(iou_matrix(masks), [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(("seed", "size"), [(1, (192, 192)), (2, (150, 210))])
+def test_sizes_and_duplicates_judged_at_low_resolution_are_those_of_the_image(small, seed, size):
+    image = phantom.render(seed, seed=8, size=size).image
+    prompted = prompt(small, image, rng=np.random.default_rng(seed), n_segments=20, n_points=3)
+    index, _ = choose_anchors(prompted.proposals, len(prompted.points))
+    masks = np.stack([prompted.proposals.full(i) for i in index])
+    sized = np.flatnonzero((masks.mean((1, 2)) >= 0.02) & (masks.mean((1, 2)) <= 0.5))
+    kept = sized[deduplicate(masks[sized], prompted.proposals.iou[index[sized]], 0.5)]
+    found = anchors(prompted, min_area=0.02, max_area=0.5)
+    assert found.superpixel.tolist() == kept.tolist() and len(kept) > 3
+    np.testing.assert_array_equal(found.masks, masks[kept])
 
 
 def test_measures_of_masks_take_tensors_and_leading_axes():

@@ -235,9 +235,7 @@ before, seen = peak(), []
 rng = np.random.default_rng(0)
 for i in range(4):
     image = rng.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
-    embedding = sam.embed(model, image)
-    proposals = sam.propose(model, embedding, rng.integers(0, 1024, (150, 2)))
-    anchors.choose_anchors(proposals, 10)
+    anchors.segment(model, image, rng=rng)
     seen.append(peak())
 print(seen[0] - before, seen[-1] - seen[1])
 """
