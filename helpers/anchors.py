@@ -94,8 +94,8 @@ def cluster(
             f"vectors of shape {vectors.shape} must be (n, 3) and finite; "
             "leave out the rows of empty masks."
         )
-    if len(vectors) < 2:
-        return np.zeros(len(vectors), np.int64)
+    if len(vectors) < 2 or np.linalg.norm(np.ptp(vectors, axis=0)) <= distance_threshold:
+        return np.zeros(len(vectors), np.int64)  # no two are further apart: one, by any linkage
     tree = scipy_linkage(vectors, method=linkage)
     raw = fcluster(tree, distance_threshold, criterion="distance")
     _, first, inverse = np.unique(raw, return_index=True, return_inverse=True)

@@ -85,8 +85,9 @@ def test_empty_masks_have_no_identity():
 
 
 @pytest.mark.parametrize("linkage", ["average", "complete", "single"])
-def test_clusters_are_those_of_scikit_learn(linkage):
-    vectors = np.random.default_rng(0).uniform(0, 100, (40, 3))
+@pytest.mark.parametrize("spread", [100, 20, 12])  # the last: all within the threshold
+def test_clusters_are_those_of_scikit_learn(linkage, spread):
+    vectors = np.random.default_rng(0).uniform(0, spread, (40, 3))
     ours = cluster(vectors, distance_threshold=25.0, linkage=linkage)
     theirs = AgglomerativeClustering(
         n_clusters=None, distance_threshold=25.0, linkage=linkage
