@@ -46,7 +46,7 @@ def identity_vectors(
     (n, 3) float64 ndarray
         Centroid and square root of the pixel count. Rows of empty masks are NaN.
     """
-    masks = torch.as_tensor(masks)
+    masks = _tensor(masks)
     if masks.ndim != 3 or masks.dtype != torch.bool:
         raise ValueError(
             f"masks have shape {tuple(masks.shape)} and dtype {masks.dtype}; "
@@ -117,12 +117,19 @@ def iou_matrix(
     (..., n, m) float64 ndarray
         0 where both masks are empty.
     """
-    x = torch.as_tensor(a).flatten(-2).float()
-    y = x if b is None else torch.as_tensor(b).flatten(-2).float()
+    x = _tensor(a).flatten(-2).float()
+    y = x if b is None else _tensor(b).flatten(-2).float()
     both = (x @ y.mT).double()
     count_x, count_y = (ones.sum(-1).double() for ones in (x, y))
     either = count_x[..., :, None] + count_y[..., None, :] - both
     return (both / either.clamp(min=1)).cpu().numpy()
+
+
+def _tensor(masks: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Masks as a tensor where they are; arrays are copied, as torch takes no flipped ones."""
+    return (
+        masks if isinstance(masks, torch.Tensor) else torch.from_numpy(np.array(masks, order="C"))
+    )
 
 
 def anchor_index(

@@ -369,6 +369,7 @@ def test_measures_of_masks_take_tensors_and_leading_axes():
     ]
     np.testing.assert_allclose(found, expected)
     np.testing.assert_array_equal(iou_matrix(masks)[1], iou_matrix(masks[1]))
+    np.testing.assert_array_equal(iou_matrix(masks[1, :, ::-1, ::-1]), iou_matrix(masks[1]))
     np.testing.assert_array_equal(
         identity_vectors(torch.from_numpy(masks[0]), (12, 14)), identity_vectors(masks[0], (12, 14))
     )
