@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from helpers import features, phantom
-from tests.benchmarks import bench_replacement, bench_segments
+from tests.benchmarks import __main__, bench_replacement, bench_segments
 
 
 @pytest.fixture
@@ -20,6 +20,12 @@ def annotated(tmp_path):
         rows.append({"path": f"{i}.png", "label": "a", "split": "train", "mask": f"{i}_mask.png"})
     pd.DataFrame(rows).to_csv(tmp_path / "images.csv", index=False)
     return tmp_path
+
+
+def test_an_unknown_benchmark_is_named_beside_those_there_are(capsys):
+    assert __main__.main(["measure"]) == 1
+    said = capsys.readouterr().err
+    assert "'measure': there are bench_phase1, bench_phase2, bench_pool" in said
 
 
 def test_segments_are_measured_on_own_images(annotated, capsys):

@@ -10,7 +10,7 @@ from tests import benchmarks
 def main(names):
     """Run the benchmarks in `names`, or all; return the exit status."""
     known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
-    known = [name for name in known if not name.startswith("_")]
+    known = [name for name in known if name.startswith("bench_")]
     wrong = [name for name in names if name not in known]
     if wrong:
         print(f"no benchmark {wrong[0]!r}: there are {', '.join(known)}", file=sys.stderr)
