@@ -409,6 +409,8 @@ def ask_in_rounds(
         found.append(part)
         asked[unsettled, at:stop] = True
         iou[unsettled, at:stop] = part.iou.reshape(len(unsettled), -1)
+        if stop == k:  # nothing remains to be spared
+            break
         new = (part.logits > 0).unflatten(0, (len(unsettled), -1))
         masks = new if masks is None else torch.cat([masks, new], dim=1)
         vectors, overlap = _compare(masks, embedding.original_size)
@@ -430,10 +432,15 @@ def ask_in_rounds(
 
 
 def _is_settled(vectors, overlap, iou, remaining, threshold, linkage, iou_duplicate) -> bool:
+    filled, labels, among = _cluster_filled(vectors, overlap, threshold, linkage)
+    return settled(among, iou[filled], labels, remaining, iou_duplicate=iou_duplicate)
+
+
+def _cluster_filled(vectors, overlap, threshold, linkage):
+    """Which proposals of a superpixel are not empty, their clusters, and IoU with each other."""
     filled = np.flatnonzero(np.isfinite(vectors[:, 0]))
     labels = cluster(vectors[filled], distance_threshold=threshold, linkage=linkage)
-    overlap = overlap[np.ix_(filled, filled)]
-    return settled(overlap, iou[filled], labels, remaining, iou_duplicate=iou_duplicate)
+    return filled, labels, overlap[np.ix_(filled, filled)]
 
 
 def _compare(masks: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -493,17 +500,13 @@ def choose_anchors(
     k = masks.shape[1]
     vectors, overlap = _compare(masks, proposals.original_size)
     scores = proposals.iou.reshape(n_superpixels, k)
-    side = float(np.sqrt(np.prod(proposals.original_size)))
+    threshold = distance_threshold * float(np.sqrt(np.prod(proposals.original_size)))
     index = np.full(n_superpixels, -1, np.int64)
     support = np.zeros(n_superpixels)
     for i in range(n_superpixels):
-        filled = np.flatnonzero(np.isfinite(vectors[i, :, 0]))
+        filled, labels, among = _cluster_filled(vectors[i], overlap[i], threshold, linkage)
         if not len(filled):
             continue
-        labels = cluster(
-            vectors[i, filled], distance_threshold=distance_threshold * side, linkage=linkage
-        )
-        among = overlap[i][np.ix_(filled, filled)]
         best = anchor_index(among, scores[i, filled], labels, iou_duplicate=iou_duplicate)
         index[i] = i * k + filled[best]
         n_asked = k if asked is None else asked[i].sum()
