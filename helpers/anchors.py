@@ -1,6 +1,6 @@
 """Anchors: from many unreliable proposals to one segment a superpixel (steps 4 to 7).
 
-Each superpixel gets K proposals.
+Each superpixel gets K proposals, in the whole image and, in finer layers, in crops of it.
 A proposal is summarised by its identity vector, the vectors are clustered, and the most frequent
 mask of the largest cluster becomes the superpixel's anchor.
 Identity vectors and clusters are computed on masks of low resolution; only anchors are scaled up.
@@ -18,6 +18,7 @@ from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
 
+from helpers.crops import Box, crop_boxes, resample, share_out
 from helpers.sam import Embedding, Proposals, check_image, embed, propose
 from helpers.segment_table import cut_by_border
 from helpers.superpixels import draw_points, superpixels
@@ -259,25 +260,27 @@ class Segmentation:
     support : (m,) float64 ndarray
         Share of the superpixel's proposals that lie in the winning cluster.
     superpixel : (m,) int64 ndarray
-        Superpixel whose anchor the segment is.
+        Superpixel whose anchor the segment is, counted through all crops.
+    layer : (m,) int64 ndarray
+        Layer of crops in which it was found; 0 is the whole image.
     border : (m,) bool ndarray
         Segment is cut by the border of the image, see
         :func:`helpers.segment_table.cut_by_border`.
     n_superpixels : int
+        In all layers.
     n_dropped : dict of str to int
-        Superpixels without a segment, by reason: empty, small, large, duplicate.
-    labels : (H, W) int32 ndarray
-        Superpixels.
+        Superpixels without a segment, by reason: empty (or cut by every crop asked), unsure,
+        small, large, duplicate.
     """
 
     masks: np.ndarray
     scores: np.ndarray
     support: np.ndarray
     superpixel: np.ndarray
+    layer: np.ndarray
     border: np.ndarray
     n_superpixels: int
     n_dropped: dict[str, int] = field(default_factory=dict)
-    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -285,24 +288,41 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Prompted:
-    """Superpixels, prompts and proposals of one image.
+    """Superpixels, prompts and proposals of one image, or of one crop of it.
 
     Attributes
     ----------
-    labels : (H, W) int32 ndarray
-        Superpixels 0 .. n-1.
+    labels : (h, w) int32 ndarray
+        Superpixels 0 .. n-1; -1 where another crop asks.
     points : (n, K, 2) int64 ndarray
-        XY of the prompts.
+        XY of the prompts in the crop.
     proposals : Proposals
-        n x K masks, superpixel by superpixel; empty where a prompt was not decoded.
+        n x K masks of the crop, superpixel by superpixel; empty where a prompt was not decoded or
+        the crop cuts the mask.
     asked : (n, K) bool ndarray
         Which prompts were decoded: all of them without early stopping.
+    box : (int, int, int, int)
+        The crop in the image, (x0, y0, x1, y1).
+    size : (int, int)
+        Height and width of the image.
+    layer : int
+        Layer of the crop; 0 is the whole image.
     """
 
     labels: np.ndarray
     points: np.ndarray
     proposals: Proposals
     asked: np.ndarray
+    box: Box
+    size: tuple[int, int]
+    layer: int = 0
+
+    def full(self, i: int) -> np.ndarray:
+        """(H, W) bool ndarray: mask `i` at the size and place that it has in the image."""
+        x0, y0, x1, y1 = self.box
+        mask = np.zeros(self.size, bool)
+        mask[y0:y1, x0:x1] = self.proposals.full(i)
+        return mask
 
 
 def prompt(
@@ -310,8 +330,9 @@ def prompt(
     image: np.ndarray,
     *,
     rng: np.random.Generator,
-    n_segments: int = 110,
-    n_points: int = 4,
+    n_segments: int = 48,
+    n_points: int = 3,
+    crop_n_layers: int = 2,
     compactness: float = 40.0,
     sigma: float = 2.0,
     points_per_batch: int | None = None,
@@ -321,7 +342,7 @@ def prompt(
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
-) -> Prompted:
+) -> list[Prompted]:
     """Superpixels of an image, K random prompts in each, and the masks they propose.
 
     Parameters
@@ -329,9 +350,13 @@ def prompt(
     sam : Sam
     image : (H, W, 3) uint8 ndarray
     rng : numpy.random.Generator
-        Draws the prompts, all of them, with and without early stopping.
+        Draws the prompts, all of them, with and without early stopping; those of the whole image
+        first.
     n_segments, n_points : int
-        N_s and K of the paper.
+        N_s and K of the paper. Each layer of crops has twice the superpixels of the one before.
+    crop_n_layers : int
+        Layers of crops beside the whole image, as in ``SamAutomaticMaskGenerator``; 0 in the
+        paper. Layer l has 4**l crops, and each takes the encoder once.
     compactness, sigma : float
         Of :func:`helpers.superpixels.superpixels`.
     points_per_batch, mask_choice, dtype
@@ -343,24 +368,43 @@ def prompt(
 
     Returns
     -------
-    Prompted
+    list of Prompted
+        The whole image first, then crop by crop. Crops that have no superpixel are left out.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range, or the image too small for so many superpixels or layers.
     """
     image = check_image(image)
-    labels = superpixels(image, n_segments, compactness=compactness, sigma=sigma)
-    points = draw_points(labels, n_points, rng=rng)
-    embedding = embed(sam, image, dtype=dtype)
+    size = image.shape[:2]
     how = {"points_per_batch": points_per_batch, "mask_choice": mask_choice, "dtype": dtype}
-    if early_stop:
-        clustering = {
-            "distance_threshold": distance_threshold,
-            "linkage": linkage,
-            "iou_duplicate": iou_duplicate,
-        }
-        proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
-    else:
-        proposals = propose(sam, embedding, points.reshape(-1, 2), **how)
-        asked = np.ones(points.shape[:2], bool)
-    return Prompted(labels, points, proposals, asked)
+    clustering = {
+        "distance_threshold": distance_threshold,
+        "linkage": linkage,
+        "iou_duplicate": iou_duplicate,
+    }
+    if n_segments * 2**crop_n_layers > size[0] * size[1] // 16 and crop_n_layers:
+        raise ValueError(
+            f"crop_n_layers = {crop_n_layers} with n_segments = {n_segments} asks for "
+            f"{n_segments * 2**crop_n_layers} superpixels, fewer than 16 pixels each in an image "
+            f"of {size[0]} x {size[1]}; lower either, or use a larger image."
+        )
+    prompted = []
+    for layer, boxes in enumerate(crop_boxes(size, crop_n_layers)):
+        whole = superpixels(image, n_segments * 2**layer, compactness=compactness, sigma=sigma)
+        for box, labels in zip(boxes, share_out(whole, boxes), strict=True):
+            points = draw_points(labels, n_points, rng=rng)
+            if not len(points):
+                continue
+            embedding = embed(sam, image, box=box, dtype=dtype)
+            if early_stop:
+                proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
+            else:
+                proposals = propose(sam, embedding, points.reshape(-1, 2), **how)
+                asked = np.ones(points.shape[:2], bool)
+            prompted.append(Prompted(labels, points, proposals, asked, box, size, layer))
+    return prompted
 
 
 def ask_in_rounds(
@@ -452,18 +496,21 @@ def _compare(masks: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np
     return np.concatenate(vectors).reshape(*masks.shape[:2], 3), np.concatenate(overlap)
 
 
-def take(prompted: Prompted, columns: slice) -> Prompted:
+def take(prompted: Sequence[Prompted], columns: slice) -> list[Prompted]:
     """Part of the prompts of every superpixel, e.g. ``slice(5)`` for the first five.
 
     Prompts are drawn in random order without replacement, so the first few of many are a random
     draw of few: one run with many prompts serves to study smaller K.
     """
-    n, k = prompted.points.shape[:2]
-    rows = np.arange(n * k).reshape(n, k)[:, columns].ravel()
-    proposals = prompted.proposals
-    part = replace(proposals, padded=proposals.padded[rows], iou=proposals.iou[rows])
-    points, asked = prompted.points[:, columns], prompted.asked[:, columns]
-    return replace(prompted, points=points, proposals=part, asked=asked)
+    parts = []
+    for crop in prompted:
+        n, k = crop.points.shape[:2]
+        rows = np.arange(n * k).reshape(n, k)[:, columns].ravel()
+        proposals = crop.proposals
+        part = replace(proposals, padded=proposals.padded[rows], iou=proposals.iou[rows])
+        points, asked = crop.points[:, columns], crop.asked[:, columns]
+        parts.append(replace(crop, points=points, proposals=part, asked=asked))
+    return parts
 
 
 def choose_anchors(
@@ -515,26 +562,32 @@ def choose_anchors(
 
 
 def anchors(
-    prompted: Prompted,
+    prompted: Sequence[Prompted],
     *,
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
+    pred_iou_thresh: float = 0.3,
     iou_merge: float = 0.5,
     min_area: float = 0.002,
     max_area: float = 0.9,
 ) -> Segmentation:
-    """Turn proposals into segments: an anchor a superpixel, sizes checked, duplicates removed.
+    """Turn proposals into segments: an anchor a superpixel, checked, without duplicates.
 
     Parameters
     ----------
-    prompted : Prompted
+    prompted : sequence of Prompted
+        The whole image first, then its crops, if any, as :func:`prompt` gives them.
     distance_threshold : float
-        Clustering threshold, relative to the image side.
+        Clustering threshold, relative to the side of the image, or of the crop.
     linkage, iou_duplicate
         Of :func:`cluster` and :func:`anchor_index`.
+    pred_iou_thresh : float
+        Anchors of a lower predicted IoU are dropped and counted, as in
+        ``SamAutomaticMaskGenerator``; 0 in the paper.
     iou_merge : float
-        Anchors that overlap by at least this IoU are one segment.
+        Anchors that overlap by at least this IoU are one segment, the one of highest predicted
+        IoU.
     min_area, max_area : float
         Segments outside these shares of the image are dropped and counted.
 
@@ -553,15 +606,67 @@ def anchors(
         )
     if not 0 < iou_merge <= 1:
         raise ValueError(f"iou_merge = {iou_merge}; it must lie in (0, 1].")
-    index, support = choose_anchors(
-        prompted.proposals,
-        len(prompted.points),
-        asked=prompted.asked,
+    if not 0 <= pred_iou_thresh <= 1:
+        raise ValueError(f"pred_iou_thresh = {pred_iou_thresh}; it must lie in [0, 1].")
+    found = _candidates(
+        prompted,
         distance_threshold=distance_threshold,
         linkage=linkage,
         iou_duplicate=iou_duplicate,
     )
-    return _finish(prompted, index, support, iou_merge, min_area, max_area)
+    index, area, iou = found["index"], found["area"], found["iou"]
+    keep = index >= 0
+    dropped = {"empty": int((~keep).sum())}
+    for reason, bad in {
+        "unsure": iou < pred_iou_thresh, "small": area < min_area, "large": area > max_area,
+    }.items():  # fmt: skip
+        dropped[reason] = int((keep & bad).sum())
+        keep &= ~bad
+    rows = np.flatnonzero(keep)
+    rows = rows[deduplicate(found["masks"][rows], iou[rows], iou_merge)]
+    dropped["duplicate"] = int(keep.sum()) - len(rows)
+    masks = np.array([prompted[found["crop"][i]].full(index[i]) for i in rows], bool)
+    masks = masks.reshape(-1, *prompted[0].size)
+    filled = masks.any((1, 2))  # a speck may vanish where the image is smaller than its masks
+    dropped["small"] += int((~filled).sum())
+    masks, rows = masks[filled], rows[filled]
+    return Segmentation(
+        masks=masks,
+        scores=iou[rows],
+        support=found["support"][rows],
+        superpixel=rows,
+        layer=np.array([prompted[i].layer for i in found["crop"][rows]], np.int64),
+        border=cut_by_border(masks),
+        n_superpixels=len(index),
+        n_dropped=dropped,
+    )
+
+
+def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndarray]:
+    """Anchors of all crops, one row a superpixel: what is needed to judge and compare them.
+
+    Masks are those of low resolution, on the raster of the whole image. Rows without an anchor
+    have an index of -1 and an empty mask.
+    """
+    raster = prompted[0].proposals.logits.shape[-2:]
+    parts = []
+    for number, crop in enumerate(prompted):
+        n, (x0, y0, x1, y1) = len(crop.points), crop.box
+        index, support = choose_anchors(crop.proposals, n, asked=crop.asked, **clustering)
+        logits = crop.proposals.logits[index]
+        logits[index < 0] = -1.0
+        share = (x1 - x0) * (y1 - y0) / (crop.size[0] * crop.size[1])
+        parts.append(
+            {
+                "crop": np.full(n, number),
+                "index": index,
+                "support": support,
+                "iou": crop.proposals.iou[index].astype(np.float64),
+                "area": (logits > 0).float().mean((1, 2)).cpu().numpy() * share,
+                "masks": resample(logits, crop.box, crop.size, raster).cpu().numpy(),
+            }
+        )
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings) -> Segmentation:
@@ -574,9 +679,9 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     rng : numpy.random.Generator
         Draws the prompts.
     **settings
-        Of :func:`prompt` (n_segments, n_points, compactness, sigma, points_per_batch, mask_choice,
-        dtype, early_stop) and :func:`anchors` (distance_threshold, linkage, iou_duplicate,
-        iou_merge, min_area, max_area).
+        Of :func:`prompt` (n_segments, n_points, crop_n_layers, compactness, sigma,
+        points_per_batch, mask_choice, dtype, early_stop) and :func:`anchors` (distance_threshold,
+        linkage, iou_duplicate, pred_iou_thresh, iou_merge, min_area, max_area).
 
     Returns
     -------
@@ -598,37 +703,6 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     first = {key: value for key, value in settings.items() if key in of_prompt}
     second = {key: value for key, value in settings.items() if key in of_anchors}
     return anchors(prompt(sam, image, rng=rng, **first), **second)
-
-
-def _finish(prompted, index, support, iou_merge, min_area, max_area) -> Segmentation:
-    """Drop the empty, small, large and duplicate anchors, count them, scale the others up."""
-    proposals = prompted.proposals
-    found = np.flatnonzero(index >= 0)
-    low = (proposals.logits[index[found]] > 0).cpu().numpy()
-    area = low.mean((1, 2))
-    small, large = area < min_area, area > max_area
-    sized = np.flatnonzero(~small & ~large)
-    kept = sized[deduplicate(low[sized], proposals.iou[index[found[sized]]], iou_merge)]
-    masks = np.array([proposals.full(i) for i in index[found[kept]]], bool)
-    masks = masks.reshape(-1, *proposals.original_size)
-    filled = masks.any((1, 2))  # a speck may vanish where the image is smaller than its masks
-    dropped = {
-        "empty": int((index < 0).sum()),
-        "small": int(small.sum() + (~filled).sum()),
-        "large": int(large.sum()),
-        "duplicate": len(sized) - len(kept),
-    }
-    masks, found = masks[filled], found[kept[filled]]
-    return Segmentation(
-        masks=masks,
-        scores=proposals.iou[index[found]].astype(np.float64),
-        support=support[found],
-        superpixel=found,
-        border=cut_by_border(masks),
-        n_superpixels=len(index),
-        n_dropped=dropped,
-        labels=prompted.labels,
-    )
 
 
 def segmentation_map(masks: np.ndarray) -> np.ndarray:

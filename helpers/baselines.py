@@ -6,7 +6,7 @@ as the anchors have in the same image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -93,6 +93,7 @@ def automatic(
     n: int,
     *,
     n_prompts: int = 450,
+    crop_n_layers: int = 2,
     min_area: float = 0.002,
     max_area: float = 0.9,
     iou_merge: float = 0.7,
@@ -111,7 +112,9 @@ def automatic(
     n : int
         Masks returned; fewer if the generator finds fewer.
     n_prompts : int
-        The side of the grid is chosen so that its number of points comes nearest.
+        Of all layers together. The side of the grid is chosen so that it comes nearest.
+    crop_n_layers : int
+        Layers of crops beside the whole image; each has as many prompts as the whole image.
     min_area, max_area : float
         Shares of the image.
     iou_merge : float
@@ -123,9 +126,12 @@ def automatic(
     """
     _check_count(n)
     image = check_image(image)
+    side = grid_side(n_prompts / (crop_n_layers + 1))
     generator = SamAutomaticMaskGenerator(
         sam,
-        points_per_side=grid_side(n_prompts),
+        points_per_side=side,
+        crop_n_layers=min(crop_n_layers, side.bit_length() - 1),  # a crop has a prompt at least
+        crop_n_points_downscale_factor=2,
         points_per_batch=default_batch(sam),
         pred_iou_thresh=0.0,
         stability_score_thresh=0.0,
@@ -139,28 +145,29 @@ def automatic(
     return masks.reshape(-1, *image.shape[:2])
 
 
-def single_prompts(prompted: Prompted, n: int, **settings) -> np.ndarray:
+def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarray:
     """Segments without any clustering: one prompt a superpixel, the `n` best by predicted IoU.
 
     Parameters
     ----------
-    prompted : Prompted
-        The first prompt of each superpixel is taken.
+    prompted : sequence of Prompted
+        Of :func:`helpers.anchors.prompt`. The first prompt of each superpixel is taken.
     n : int
         Masks returned; fewer if there are fewer.
     **settings
-        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors.
+        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors. No
+        predicted IoU is too low, since the `n` best are taken.
 
     Returns
     -------
     (m, H, W) bool ndarray
     """
     _check_count(n)
-    found = anchors(take(prompted, slice(1)), **settings)
+    found = anchors(take(prompted, slice(1)), **{**settings, "pred_iou_thresh": 0.0})
     return found.masks[np.argsort(-found.scores, kind="stable")[:n]]
 
 
-def grid_side(n_prompts: int) -> int:
+def grid_side(n_prompts: float) -> int:
     """Points a side of the square grid whose number of points is nearest to `n_prompts`."""
     low = max(1, int(np.sqrt(n_prompts)))
     return min(low, low + 1, key=lambda side: abs(side**2 - n_prompts))

@@ -140,6 +140,9 @@ class SuperpixelPrompting(WithDevice):
     compactness: Annotated[PositiveFloat, Field(description="SLIC weight of space against colour")]
     sigma: Annotated[NonNegative, Field(description="SLIC smoothing, pixels")]
     n_points: Annotated[int, Field(ge=1, le=1000, description="prompts a superpixel, K")]
+    crop_n_layers: Annotated[
+        int, Field(ge=0, le=3, description="layers of crops, each with twice the superpixels")
+    ]
     sam_checkpoint: Annotated[
         str, Field(min_length=1, description="small, vit_b, vit_l, vit_h, or a file")
     ]
@@ -165,6 +168,7 @@ class AnchorClustering(WithDevice):
         Literal["average", "complete", "single"], Field(description="agglomerative linkage")
     ]
     iou_duplicate: Annotated[Fraction, Field(description="IoU from which two masks are the same")]
+    pred_iou_thresh: Annotated[Fraction, Field(description="smallest predicted IoU of a segment")]
     iou_merge: Annotated[Fraction, Field(description="IoU from which two anchors are one segment")]
     min_area: Annotated[Fraction, Field(description="smallest segment, fraction of the image")]
     early_stop: Annotated[

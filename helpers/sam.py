@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from helpers.crops import Box, inner_edges
 from helpers.weights import read_weights
 
 #: Weights of the small model, shipped with the book.
@@ -451,14 +452,17 @@ class Embedding:
     ----------
     features : (1, C, h, w) float tensor
     input_size : (int, int)
-        Height and width of the image after the resize, before padding.
+        Height and width after the resize, before padding.
     original_size : (int, int)
-        Height and width of the image.
+        Height and width of the image, or of the crop.
+    cut : (bool, bool, bool, bool)
+        Whether the left, top, right and bottom edge are those of a crop inside an image.
     """
 
     features: torch.Tensor
     input_size: tuple[int, int]
     original_size: tuple[int, int]
+    cut: tuple[bool, bool, bool, bool] = (False,) * 4
 
 
 @dataclass(frozen=True)
@@ -529,7 +533,9 @@ def check_image(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def embed(sam: Sam, image: np.ndarray, *, dtype: torch.dtype | None = None) -> Embedding:
+def embed(
+    sam: Sam, image: np.ndarray, *, box: Box | None = None, dtype: torch.dtype | None = None
+) -> Embedding:
     """Embed one image, scaled and padded exactly as ``SamPredictor.set_image`` does.
 
     Parameters
@@ -537,6 +543,8 @@ def embed(sam: Sam, image: np.ndarray, *, dtype: torch.dtype | None = None) -> E
     sam : Sam
     image : (H, W, 3) uint8 ndarray
         Any size and aspect ratio.
+    box : (int, int, int, int), optional
+        Embed this crop (x0, y0, x1, y1) instead, as an image of its own.
     dtype : torch.dtype, optional
         Lower precision of the matrix products, e.g. ``torch.bfloat16`` on a GPU that has it;
         by default that of the weights.
@@ -546,11 +554,16 @@ def embed(sam: Sam, image: np.ndarray, *, dtype: torch.dtype | None = None) -> E
     Embedding
     """
     image = check_image(image)
+    cut = (False,) * 4
+    if box is not None:
+        x0, y0, x1, y1 = box
+        cut = inner_edges(box, image.shape[:2])
+        image = check_image(image[y0:y1, x0:x1])
     scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
     x = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1).contiguous()[None]
     with _precision(sam, dtype):
         features = sam.image_encoder(sam.preprocess(x))
-    return Embedding(features.float(), tuple(x.shape[-2:]), tuple(image.shape[:2]))
+    return Embedding(features.float(), tuple(x.shape[-2:]), tuple(image.shape[:2]), cut)
 
 
 def _precision(sam: Sam, dtype: torch.dtype | None) -> torch.autocast:
@@ -850,6 +863,9 @@ def propose(
 ) -> Proposals:
     """Propose one mask for each point, all decoded against one embedding.
 
+    Against a crop, masks that reach its edge inside the image come back empty: the crop does not
+    show where they end.
+
     Parameters
     ----------
     sam : Sam
@@ -909,6 +925,12 @@ def propose(
     done = _side_by_side(answer, starts, sam.device)
     for _ in tqdm(done, total=len(starts), disable=not progress, desc="prompts"):
         pass
+    if any(embedding.cut):
+        h, w = _region(low, embedding.input_size, size)
+        filled = kept[:, :h, :w] > 0
+        edges = (filled[:, :, 0], filled[:, 0], filled[:, :, -1], filled[:, -1])
+        for edge in (edge for edge, cut in zip(edges, embedding.cut, strict=True) if cut):
+            kept[edge.any(1)] = -1.0
     return Proposals(
         kept,
         scores.clamp(0, 1).cpu().numpy(),

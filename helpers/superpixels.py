@@ -19,7 +19,7 @@ class SuperpixelWarning(UserWarning):
 
 def superpixels(
     image: np.ndarray,
-    n_segments: int = 64,
+    n_segments: int = 48,
     *,
     compactness: float = 40.0,
     sigma: float = 2.0,
@@ -91,13 +91,13 @@ def _slic(image: np.ndarray, n: int, compactness: float, sigma: float) -> np.nda
     return labels.reshape(image.shape[:2]).astype(np.int32)
 
 
-def draw_points(labels: np.ndarray, n_points: int = 7, *, rng: np.random.Generator) -> np.ndarray:
+def draw_points(labels: np.ndarray, n_points: int = 3, *, rng: np.random.Generator) -> np.ndarray:
     """Draw K random pixels inside each superpixel.
 
     Parameters
     ----------
     labels : (H, W) int ndarray
-        Labels 0 .. n-1, each present.
+        Labels 0 .. n-1, each present; nothing is drawn where they are -1.
     n_points : int
         K = 15 in the paper. Without replacement where the superpixel has that many pixels.
     rng : numpy.random.Generator
@@ -115,13 +115,14 @@ def draw_points(labels: np.ndarray, n_points: int = 7, *, rng: np.random.Generat
     labels = np.asarray(labels)
     if n_points < 1:
         raise ValueError(f"n_points = {n_points}; draw at least 1 point in each superpixel.")
-    if labels.ndim != 2 or labels.min() < 0:
-        raise ValueError(f"labels must be (H, W) with values 0 .. n-1, got shape {labels.shape}.")
-    count = np.bincount(labels.ravel())
+    if labels.ndim != 2 or labels.min() < -1:
+        raise ValueError(f"labels must be (H, W) with values -1 .. n-1, got shape {labels.shape}.")
+    count = np.bincount(labels.ravel() + 1)
+    none, count = count[0], count[1:]
     if (count == 0).any():
         raise ValueError(f"labels have gaps: no pixel carries {np.flatnonzero(count == 0)[:5]}.")
     order = np.argsort(labels.ravel(), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(count)])
+    starts = none + np.concatenate([[0], np.cumsum(count)])
     points = np.empty((len(count), n_points, 2), np.int64)
     for i, n in enumerate(count):
         pick = rng.choice(n, n_points, replace=bool(n < n_points))

@@ -191,9 +191,13 @@ def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
 
 def test_part_of_the_prompts(random_sam):
     image = phantom.render(0, seed=3, size=(64, 64)).image
-    six = prompt(random_sam, image, rng=np.random.default_rng(0), n_segments=4, n_points=6)
-    two = take(six, slice(2, 4))
+    settings = {"n_segments": 4, "n_points": 6, "crop_n_layers": 1}
+    all_six = prompt(random_sam, image, rng=np.random.default_rng(0), **settings)
+    all_two = take(all_six, slice(2, 4))
+    assert len(all_two) == len(all_six) == 5
+    six, two = all_six[3], all_two[3]
     n = len(six.points)
+    assert (two.box, two.size, two.layer) == (six.box, six.size, six.layer) and six.layer == 1
     assert two.points.shape == (n, 2, 2) and two.asked.shape == (n, 2)
     np.testing.assert_array_equal(two.points, six.points[:, 2:4])
     expected = six.proposals.masks().reshape(n, 6, 32, 32)[:, 2:4].reshape(-1, 32, 32)
@@ -284,8 +288,9 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
             rng=np.random.default_rng(seed),
             n_segments=6,
             n_points=15,
+            crop_n_layers=0,
             early_stop=stop,
-        )
+        )[0]
         for stop in (False, True)
     )
     np.testing.assert_array_equal(full.points, early.points)
@@ -348,12 +353,13 @@ def test_iou_matrix_by_hand():
 @pytest.mark.parametrize(("seed", "size"), [(1, (192, 192)), (2, (150, 210))])
 def test_sizes_and_duplicates_judged_at_low_resolution_are_those_of_the_image(small, seed, size):
     image = phantom.render(seed, seed=8, size=size).image
-    prompted = prompt(small, image, rng=np.random.default_rng(seed), n_segments=20, n_points=3)
+    rng, settings = np.random.default_rng(seed), {"n_segments": 20, "n_points": 3}
+    (prompted,) = prompt(small, image, rng=rng, crop_n_layers=0, **settings)
     index, _ = choose_anchors(prompted.proposals, len(prompted.points))
     masks = np.stack([prompted.proposals.full(i) for i in index])
     sized = np.flatnonzero((masks.mean((1, 2)) >= 0.02) & (masks.mean((1, 2)) <= 0.5))
     kept = sized[deduplicate(masks[sized], prompted.proposals.iou[index[sized]], 0.5)]
-    found = anchors(prompted, min_area=0.02, max_area=0.5)
+    found = anchors([prompted], min_area=0.02, max_area=0.5, pred_iou_thresh=0)
     assert found.superpixel.tolist() == kept.tolist() and len(kept) > 3
     np.testing.assert_array_equal(found.masks, masks[kept])
 
@@ -408,7 +414,7 @@ def test_segment_is_complete_and_repeatable(random_sam):
     np.testing.assert_array_equal(one.masks, two.masks)
     assert one.masks.shape[1:] == (96, 130) and one.masks.dtype == bool
     assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
-    assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one)
+    assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one.layer) == len(one)
     np.testing.assert_array_equal(one.border, cut_by_border(one.masks))
 
 
@@ -420,6 +426,7 @@ def test_segment_counts_what_it_drops(random_sam):
         rng=np.random.default_rng(5),
         n_segments=6,
         n_points=3,
+        pred_iou_thresh=0,
         min_area=0.98,
         max_area=0.99,
     )

@@ -62,19 +62,21 @@ def test_single_prompts_are_the_best_of_the_first_of_each_superpixel():
     for i, left in enumerate((2, 12, 22)):
         logits[2 * i, 4:10, left : left + 6] = 1
         logits[2 * i + 1, 20:30] = 1
-    iou = np.array([0.5, 0.9, 0.6, 0.9, 0.8, 0.9], np.float32)
+    iou = np.array([0.1, 0.9, 0.6, 0.9, 0.8, 0.9], np.float32)
     prompted = Prompted(
         labels=np.zeros((32, 32), np.int32),
         points=np.zeros((3, 2, 2), np.int64),
         proposals=Proposals(logits, iou, (32, 32), (32, 32), 32),
         asked=np.ones((3, 2), bool),
+        box=(0, 0, 32, 32),
+        size=(32, 32),
     )
     firsts = logits[::2].numpy() > 0
-    np.testing.assert_array_equal(single_prompts(prompted, 2), firsts[[2, 1]])
-    assert len(single_prompts(prompted, 9)) == 3
-    assert single_prompts(prompted, 9, min_area=0.5).shape == (0, 32, 32)
+    np.testing.assert_array_equal(single_prompts([prompted], 2), firsts[[2, 1]])
+    assert len(single_prompts([prompted], 9)) == 3
+    assert single_prompts([prompted], 9, min_area=0.5).shape == (0, 32, 32)
     with pytest.raises(ValueError, match="at least one"):
-        single_prompts(prompted, 0)
+        single_prompts([prompted], 0)
 
 
 def test_the_grid_has_about_as_many_points_as_prompts():

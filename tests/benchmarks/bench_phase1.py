@@ -2,10 +2,10 @@
 
 The literal form runs on the model as the package `segment_anything` builds it.
 ``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and
-``--side`` change the size, ``--checkpoint vit_b --random`` times the official architecture
-without weights, ``--bf16`` asks in lower precision where the hardware has it (the literal form
-stays as it is), ``--literal 20`` extrapolates the literal form from 20 of its prompts, which is
-what takes long there.
+``--side`` change the size, ``--crop-layers 2`` asks on crops too, ``--checkpoint vit_b --random``
+times the official architecture without weights, ``--bf16`` asks in lower precision where the
+hardware has it (the literal form stays as it is), ``--literal 20`` extrapolates the literal form
+from 20 of its prompts, which is what takes long there.
 """
 
 from __future__ import annotations
@@ -13,17 +13,31 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+import pandas as pd
 import torch
 from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
+from helpers.crops import crop_boxes, share_out
 from helpers.superpixels import draw_points, superpixels
 from tests.benchmarks.measure import clock, peak_memory
 from tests.literal_phase1 import literal_anchors, literal_proposals
 
 
+def views(image: np.ndarray, options, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The image and its crops, each with its prompts; crops are images of their own here."""
+    rng, found = np.random.default_rng(seed), []
+    for layer, boxes in enumerate(crop_boxes(image.shape[:2], options.crop_layers)):
+        labels = superpixels(image, options.segments * 2**layer)
+        for (x0, y0, x1, y1), part in zip(boxes, share_out(labels, boxes), strict=True):
+            points = draw_points(part, options.points, rng=rng)
+            if len(points):
+                found.append((np.ascontiguousarray(image[y0:y1, x0:x1]), points))
+    return found
+
+
 def fast(model, image, points: np.ndarray, dtype: torch.dtype | None):
-    """Anchors of one image and the proposals behind them."""
+    """Anchors of one view and the proposals behind them."""
     embedding = sam.embed(model, image, dtype=dtype)
     proposals = sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype)
     return anchors.choose_anchors(proposals, len(points))[0], proposals
@@ -31,21 +45,15 @@ def fast(model, image, points: np.ndarray, dtype: torch.dtype | None):
 
 def bare(model, image, n_points: int, batch: int, dtype: torch.dtype | None) -> float:
     """Seconds of one encoder pass and of decoder passes for `n_points` prompts."""
-    xy = torch.rand(1, batch, 1, 2) * model.image_encoder.img_size
-    ones = torch.ones(1, batch, 1)
+    xy = (torch.rand(1, n_points, 1, 2) * model.image_encoder.img_size).to(model.device)
+    ones = torch.ones(1, n_points, 1, device=model.device)
 
     def passes():
         features = sam.embed(model, image, dtype=dtype).features
         side = sam.image_side(model, features)
-        for _ in range(-(-n_points // batch)):
-            sam.decode(
-                model,
-                features,
-                xy.to(model.device),
-                ones.to(model.device),
-                outputs="best",
-                side=side,
-            )
+        for i in range(0, n_points, batch):
+            part = slice(i, i + batch)
+            sam.decode(model, features, xy[:, part], ones[:, part], outputs="best", side=side)
 
     lower = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype is not None)
     with torch.no_grad(), lower:
@@ -72,6 +80,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--segments", type=int, default=30)
     parser.add_argument("--points", type=int, default=15)
+    parser.add_argument("--crop-layers", type=int, default=0)
     parser.add_argument("--literal", type=int, help="prompts of the literal form; default: all")
     options = parser.parse_args(argv)
     if options.random:
@@ -86,17 +95,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for i in range(options.images):
         grade = phantom.GRADES["colon"][i % 4]
         image = phantom.render(i, seed=42, grade=grade, size=(options.side,) * 2).image
-        labels = superpixels(image, options.segments)
-        points = draw_points(labels, options.points, rng=np.random.default_rng(i))
-        fast(model, image, points, dtype)  # warm up
+        seen = views(image, options, i)
+        fast(model, *seen[0], dtype)  # warm up
         memory = memory or peak_memory(model.device)  # before the literal form has run
-        rows.append(_row(model, plain, image, points, options.literal, batch, dtype))
+        parts = [_row(model, plain, *view, options.literal, batch, dtype) for view in seen]
+        rows.append(_together(parts))
     _print(rows, options, batch, memory)
     return rows
 
 
 def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
-    """Times and agreement of one image."""
+    """Times and agreement of one view."""
     n, k, _ = points.shape
 
     def rounds():
@@ -116,12 +125,28 @@ def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
         "fast_s": quick,
         "early_s": early,
         "bare_s": needed,
-        "ratio": slow / quick,
-        "ratio_early": slow / early,
-        "over_bare": quick / needed,
         "same": same,
         "asked": float(asked.mean()),
         "early_iou": float(np.mean(kept)) if kept else float("nan"),
+    }
+
+
+def _together(parts: list[dict]) -> dict:
+    """One row of all views of an image: sums of prompts and times, means over the prompts."""
+    table = pd.DataFrame(parts)
+    row = table[["prompts", "literal_s", "fast_s", "early_s", "bare_s"]].sum().to_dict()
+    return row | {
+        "ratio": row["literal_s"] / row["fast_s"],
+        "ratio_early": row["literal_s"] / row["early_s"],
+        "over_bare": row["fast_s"] / row["bare_s"],
+        **{
+            key: float(
+                np.average(table[key].dropna(), weights=table["prompts"][table[key].notna()])
+            )
+            if table[key].notna().any()
+            else float("nan")
+            for key in ("same", "asked", "early_iou")
+        },
     }
 
 

@@ -27,13 +27,19 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
 
     asked = prompted()
     masks = anchors.anchors(asked).masks
-    n = max(1, len(masks))
+    n, n_prompts = max(1, len(masks)), sum(len(crop.proposals) for crop in asked)
     yield "anchors", masks
-    yield "  merged from IoU 0.7", anchors.anchors(asked, iou_merge=0.7).masks
+    yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
     yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
-    yield "  30 x 15 prompts", anchors.anchors(prompted(n_segments=30, n_points=15)).masks
+    most = min(7 * 48, image.shape[0] * image.shape[1] // 16)  # as many as in all three layers
+    whole = prompted(crop_n_layers=0, n_segments=most)
+    yield "  no crops, as many prompts", anchors.anchors(whole).masks
+    paper = prompted(crop_n_layers=0, n_segments=30, n_points=15)
+    yield "  no crops, 30 x 15 prompts", anchors.anchors(paper, pred_iou_thresh=0).masks
     yield "single prompts", baselines.single_prompts(asked, n)
-    yield "automatic masks", baselines.automatic(model, image, n, n_prompts=len(asked.proposals))
+    for name, layers in {"automatic masks": 2, "  no crops, automatic": 0}.items():
+        found = baselines.automatic(model, image, n, n_prompts=n_prompts, crop_n_layers=layers)
+        yield name, found
     yield "SLIC", baselines.slic_alone(image, n)
     yield "SLIC, merged", baselines.slic_merged(image, n)
     yield "Felzenszwalb", baselines.graph_based(image, n)

@@ -1,0 +1,232 @@
+"""Crops: boxes, who asks which superpixel, and masks back on the raster of the image."""
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from helpers import phantom
+from helpers.anchors import anchors, identity_vectors, iou_matrix, prompt, segment
+from helpers.crops import crop_boxes, inner_edges, resample, share_out
+from helpers.sam import embed, load_sam, propose
+from helpers.superpixels import draw_points, superpixels
+from tests.literal_phase1 import literal_anchor
+
+SIZE = (150, 210)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_sam("small")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return phantom.render(1, seed=8, size=SIZE).image
+
+
+@pytest.mark.parametrize("size", [(64, 64), SIZE, (300, 101)])
+def test_crops_of_a_layer_cover_the_image_and_get_smaller(size):
+    layers = crop_boxes(size, 2)
+    assert [len(boxes) for boxes in layers] == [1, 4, 16]
+    assert layers[0] == [(0, 0, size[1], size[0])]
+    largest = []
+    for boxes in layers:
+        covered = np.zeros(size, bool)
+        for x0, y0, x1, y1 in boxes:
+            assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0]
+            covered[y0:y1, x0:x1] = True
+        assert covered.all()
+        largest.append(max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes))
+    assert largest[0] > 1.8 * largest[1] > 1.8 * 1.8 * largest[2]
+    with pytest.raises(ValueError, match="n_layers = -1"):
+        crop_boxes(size, -1)
+
+
+def test_inner_edges_are_those_inside_the_image():
+    assert inner_edges((0, 0, 210, 150), SIZE) == (False, False, False, False)
+    assert inner_edges((0, 40, 100, 150), SIZE) == (False, True, True, False)
+    assert inner_edges((60, 0, 210, 90), SIZE) == (True, False, False, True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_every_superpixel_is_shared_out_once_to_the_crop_of_most_of_its_pixels(image, layer):
+    labels = superpixels(image, 40)
+    boxes = crop_boxes(SIZE, layer)[layer]
+    parts = share_out(labels, boxes)
+    owners = np.full(labels.max() + 1, -1)
+    for i, ((x0, y0, x1, y1), part) in enumerate(zip(boxes, parts, strict=True)):
+        window = labels[y0:y1, x0:x1]
+        assert part.shape == window.shape
+        former = -1
+        for new in range(part.max() + 1):  # numbered from 0 without gaps, in order
+            (old,) = np.unique(window[part == new])
+            assert owners[old] == -1 and old > former
+            assert ((window == old) == (part == new)).all()
+            owners[old], former = i, old
+    middles = np.array([((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2) for x0, y0, x1, y1 in boxes])
+    for old, owner in enumerate(owners):  # pixel by pixel
+        votes = np.zeros(len(boxes))
+        for y, x in np.argwhere(labels == old):
+            votes[np.argmin(((middles - (x, y)) ** 2).sum(1))] += 1
+        assert votes[owner] == votes.max() > 0
+
+
+def test_points_are_drawn_where_labels_are_not_negative():
+    labels = np.full((20, 30), -1)
+    labels[3:9, 4:8], labels[12:14, 20:29] = 1, 0
+    points = draw_points(labels, 5, rng=np.random.default_rng(0))
+    assert points.shape == (2, 5, 2)
+    assert (labels[points[..., 1], points[..., 0]] == np.arange(2)[:, None]).all()
+    assert draw_points(labels * 0 - 1, 5, rng=np.random.default_rng(0)).shape == (0, 5, 2)
+    with pytest.raises(ValueError, match=r"-1 \.\. n-1"):
+        draw_points(labels - 1, 5, rng=np.random.default_rng(0))
+
+
+def test_resampled_masks_lie_where_the_crop_lies():
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    disc = np.hypot(x - 120, y - 80) < 25
+    box = (70, 40, 190, 130)
+    logits = torch.from_numpy(np.where(disc, 1.0, -1.0)[40:130, 70:190]).float()[None]
+    same = resample(logits, box, SIZE, SIZE)[0].numpy()
+    np.testing.assert_array_equal(same, disc)
+    half = resample(logits, box, SIZE, (75, 105))[0].numpy()
+    area = disc.reshape(75, 2, 105, 2).mean((1, 3))
+    assert half[area > 0.8].all() and not half[area < 0.2].any()
+    full = resample(torch.ones(2, 9, 12), box, SIZE, SIZE).numpy()
+    assert full[:, 40:130, 70:190].all() and full.sum() == 2 * 90 * 120
+
+
+def test_resampling_the_whole_image_changes_nothing():
+    logits = torch.randn(3, 15, 21, generator=torch.Generator().manual_seed(0))
+    found = resample(logits, (0, 0, 210, 150), SIZE, (15, 21))
+    assert torch.equal(found, logits > 0)
+
+
+def test_a_crop_is_embedded_as_an_image_of_its_own(small, image):
+    box = (50, 0, 150, 80)
+    there, here = embed(small, image, box=box), embed(small, image[:80, 50:150])
+    assert torch.equal(there.features, here.features)
+    assert there.original_size == (80, 100) and there.input_size == here.input_size
+    assert there.cut == (True, False, True, True) and here.cut == (False,) * 4
+    with pytest.raises(ValueError, match="too small"):
+        embed(small, image, box=(0, 0, 6, 60))
+
+
+def test_masks_that_a_crop_cuts_come_back_empty(small, image):
+    box = (40, 20, 140, 100)
+    points = np.stack(np.meshgrid(np.arange(5, 100, 10), np.arange(5, 80, 10)), -1).reshape(-1, 2)
+    cut = propose(small, embed(small, image, box=box), points)
+    free = propose(small, embed(small, image[20:100, 40:140]), points)
+    masks = free.masks()
+    reaches = masks[:, [0, -1]].any((1, 2)) | masks[:, :, [0, -1]].any((1, 2))
+    assert 0 < reaches.sum() < len(points)
+    np.testing.assert_array_equal(cut.masks(), masks & ~reaches[:, None, None])
+    np.testing.assert_array_equal(cut.iou, free.iou)
+
+
+def test_the_whole_image_is_asked_as_without_crops(small, image):
+    settings = {"n_segments": 8, "n_points": 3}
+    alone = prompt(small, image, rng=np.random.default_rng(0), crop_n_layers=0, **settings)
+    both = prompt(small, image, rng=np.random.default_rng(0), crop_n_layers=1, **settings)
+    assert len(alone) == 1 and [c.layer for c in both] == [0, 1, 1, 1, 1]
+    np.testing.assert_array_equal(alone[0].points, both[0].points)
+    assert torch.equal(alone[0].proposals.padded, both[0].proposals.padded)
+    n = [sum(len(c.points) for c in both if c.layer == layer) for layer in (0, 1)]
+    assert n[1] == superpixels(image, 16).max() + 1 and n[0] == superpixels(image, 8).max() + 1
+    for crop in both:
+        x, y = crop.points[..., 0], crop.points[..., 1]
+        assert (crop.labels[y, x] == np.arange(len(crop.points))[:, None]).all()
+
+
+def test_anchors_of_crops_are_those_of_the_literal_form(small, image):
+    """One ``SamPredictor`` a crop, one ``predict`` a point, clusters of full masks, loops."""
+    crops = prompt(
+        small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3, mask_choice="best"
+    )
+    found = anchors(crops, pred_iou_thresh=0, min_area=0.0, iou_merge=1.0)
+    literal, predictor = [], SamPredictor(small)
+    for crop in crops:
+        x0, y0, x1, y1 = crop.box
+        predictor.set_image(np.ascontiguousarray(image[y0:y1, x0:x1]))
+        threshold = 0.1 * np.sqrt((x1 - x0) * (y1 - y0))
+        for points in crop.points:
+            masks, scores = [], []
+            for point in points:
+                three, quality, low = predictor.predict(point[None], np.array([1]))
+                mask, low = three[np.argmax(quality)], low[np.argmax(quality)] > 0
+                h, w = (round(len(low) * side / 256) for side in predictor.input_size)
+                low = low[:h, :w]
+                edges = (low[:, 0], low[0], low[:, -1], low[-1])
+                inside = (x0 > 0, y0 > 0, x1 < SIZE[1], y1 < SIZE[0])
+                if any(cut and edge.any() for cut, edge in zip(inside, edges, strict=True)):
+                    mask = np.zeros_like(mask)
+                masks.append(mask)
+                scores.append(float(np.clip(quality.max(), 0, 1)))
+            best = literal_anchor(masks, scores, threshold)
+            placed = np.zeros(SIZE, bool)
+            if best is not None:
+                placed[y0:y1, x0:x1] = masks[best]
+            literal.append(placed)
+    literal = np.array(literal)
+    assert found.n_superpixels == len(literal)
+    assert len(np.unique(found.layer)) == 3
+    same = [
+        iou_matrix(mask[None], literal[i][None])[0, 0] >= 0.95
+        for mask, i in zip(found.masks, found.superpixel, strict=True)
+    ]
+    assert len(same) > 15 and sum(same) >= 0.95 * len(same)
+    vectors = identity_vectors(found.masks, SIZE)
+    assert np.isfinite(vectors).all()
+
+
+def test_crops_find_small_glands_that_the_whole_image_misses(small):
+    scores = []
+    for seed in (0, 1):
+        scene = phantom.render(seed, seed=21, grade="poor", size=(192, 192))
+        truth = scene.glands
+        found = [
+            segment(
+                small,
+                scene.image,
+                rng=np.random.default_rng(seed),
+                n_segments=n,
+                crop_n_layers=layers,
+            ).masks
+            for layers, n in ((0, 7 * 16), (2, 16))
+        ]
+        for i in np.unique(truth[truth > 0]):
+            gland = truth == i
+            if gland.mean() >= 0.002:
+                scores.append(
+                    [iou_matrix(m, gland[None]).max(initial=0) if len(m) else 0 for m in found]
+                )
+    alone, with_crops = np.mean(scores, axis=0)
+    assert with_crops > alone + 0.05
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_segments_of_crops_are_complete_and_repeatable(small, image, early_stop):
+    one, two = (
+        segment(
+            small, image, rng=np.random.default_rng(3), n_segments=5, n_points=3,
+            early_stop=early_stop,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    np.testing.assert_array_equal(one.masks, two.masks)
+    assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
+    assert one.masks.any((1, 2)).all() and (one.scores >= 0.3).all()
+    assert (one.superpixel < one.n_superpixels).all() and one.n_dropped["unsure"] > 0
+    overlap = iou_matrix(one.masks) - np.eye(len(one))
+    assert overlap.max() < 0.6  # 0.5 on the raster of low resolution
+
+
+def test_bad_settings_are_named(small, image):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"asks for 3200 superpixels.*150 x 210; lower either"):
+        segment(small, image, rng=rng, n_segments=800, crop_n_layers=2)
+    with pytest.raises(ValueError, match="n_layers = -2"):
+        segment(small, image, rng=rng, crop_n_layers=-2)
+    with pytest.raises(ValueError, match=r"pred_iou_thresh = 1.5; it must lie in \[0, 1\]"):
+        segment(small, image, rng=rng, n_segments=2, crop_n_layers=0, pred_iou_thresh=1.5)
