@@ -190,8 +190,11 @@ def image_grid(
         axis.imshow(images[index], cmap=cmap, **show)
         if index < len(titles):
             axis.set_title(titles[index])
+    longest = max((len(line) for row in rows for line in row.split("\n")), default=1)
+    fitting = 72 * side * aspect / (0.65 * longest)  # points, of letters about 0.6 as wide as high
+    size = min(mpl.rcParams["axes.labelsize"], fitting)
     for label, axis in zip(rows, axes[:, 0], strict=False):
-        axis.set_ylabel(label)
+        axis.set_ylabel(label, fontsize=size)
     return figure
 
 
@@ -371,6 +374,10 @@ def bars(
     return figure
 
 
+#: Panels of :func:`sweeps` side by side; more would be too narrow for their labels.
+_PANELS = 4
+
+
 def sweeps(
     values: Mapping[str, Mapping[str, float]],
     *,
@@ -389,26 +396,32 @@ def sweeps(
     ylabel : str
         Label of the shared value axis, with units.
     height : float
-        Of the figure, inches.
+        Of a row of up to four panels, inches.
 
     Returns
     -------
     Figure
     """
-    figure, axes = _subplots(
-        1, len(values), figsize=(WIDTH, height), sharey=True, squeeze=False,
-        gridspec_kw={"width_ratios": [max(2, len(part)) for part in values.values()]},
-    )  # fmt: skip
-    for axis, (name, part) in zip(axes[0], values.items(), strict=True):
-        colours = [PALETTE[1] if key == chosen.get(name) else PALETTE[0] for key in part]
-        drawn = axis.bar(range(len(part)), list(part.values()), color=colours)
-        axis.bar_label(drawn, [f"{v:.2f}" for v in part.values()], padding=2, fontsize=7)
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        axis.set_xticks(range(len(part)), list(part), fontsize=8, **turned)
-        axis.set_title(name, fontsize=9)
-        axis.grid(axis="x", visible=False)
-        axis.margins(y=0.12)
-    axes[0, 0].set_ylabel(ylabel)
+    panels = list(values.items())
+    rows = [panels[i : i + _PANELS] for i in range(0, len(panels), _PANELS)]
+    figure = plt.figure(figsize=(WIDTH, height * len(rows)))
+    plt.close(figure)
+    for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        widths = [max(2, len(bars)) for _, bars in row]
+        axes = part.subplots(1, len(row), sharey=True, squeeze=False, width_ratios=widths)[0]
+        for axis, (name, bars) in zip(axes, row, strict=True):
+            colours = [PALETTE[1] if key == chosen.get(name) else PALETTE[0] for key in bars]
+            drawn = axis.bar(range(len(bars)), list(bars.values()), color=colours)
+            axis.bar_label(drawn, [f"{v:.2f}" for v in bars.values()], padding=2, fontsize=7)
+            turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+            axis.set_xticks(range(len(bars)), list(bars), fontsize=8, **turned)
+            axis.set_title(name, fontsize=9)
+            axis.grid(axis="x", visible=False)
+            axis.margins(y=0.12)
+        axes[0].set_ylabel(ylabel)
+    top = max(axis.get_ylim()[1] for axis in figure.axes)
+    for axis in figure.axes:
+        axis.set_ylim(0, top)
     return figure
 
 

@@ -103,3 +103,18 @@ def test_bars_write_their_values():
         0
     ]
     assert [patch.get_height() for patch in axis.patches] == [1.0, 2.0]
+
+
+def test_sweeps_mark_the_chosen_bar_and_share_one_axis():
+    values = {
+        f"setting {i}": {"a": 0.1 * (i + 1), "b": 0.05 * (i + 1)}
+        for i in range(figures._PANELS + 2)
+    }
+    figure = figures.sweeps(values, chosen=dict.fromkeys(values, "b"), ylabel="value")
+    assert [axis.get_title() for axis in figure.axes] == list(values)
+    assert len({axis.get_ylim() for axis in figure.axes}) == 1
+    assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_ylim()[1] > 0.6
+    for axis, row in zip(figure.axes, values.values(), strict=True):
+        assert [bar.get_height() for bar in axis.patches] == list(row.values())
+        assert axis.patches[0].get_facecolor() != axis.patches[1].get_facecolor()
+    assert len(figure.subfigs) == 2
