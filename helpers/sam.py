@@ -874,7 +874,8 @@ def propose(
     points : (n, 2) ndarray
         XY in pixels of the image.
     points_per_batch : int, optional
-        Prompts decoded at once; by default chosen by device. It changes time and memory only.
+        Largest number of prompts decoded at once; by default chosen by device. It changes time and
+        memory only.
     mask_choice : {"best", "smallest", "middle", "largest", "single"}
         Which of the three masks of an ambiguous prompt to take: highest predicted IoU, or by
         their number of pixels; or the decoder's single-mask output.
@@ -898,7 +899,7 @@ def propose(
         raise ValueError(f"points_per_batch = {points_per_batch}; it must be at least 1.")
     points = check_points(points, embedding.original_size)
     size = sam.image_encoder.img_size
-    batch = points_per_batch or default_batch(sam)
+    batch = _even_batch(len(points), points_per_batch or default_batch(sam), sam.device)
     scaled = ResizeLongestSide(size).apply_coords(points, embedding.original_size)
     xy = torch.as_tensor(scaled, dtype=torch.float32, device=sam.device)
     low = 4 * embedding.features.shape[-1]
@@ -938,6 +939,13 @@ def propose(
         embedding.original_size,
         size,
     )
+
+
+def _even_batch(n: int, largest: int, device: torch.device) -> int:
+    """Size of batches of n prompts, at most `largest`; on a CPU as many for each thread."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    rounds = -(-n // (largest * threads))
+    return max(1, -(-n // (max(1, rounds) * threads))) if threads > 1 else largest
 
 
 def _side_by_side(work: Callable[[int], None], items: Sequence[int], device: torch.device):

@@ -17,6 +17,7 @@ from helpers import phantom, sam
 from helpers.sam import (
     SMALL_WEIGHTS,
     Smooth,
+    _even_batch,
     build_small_sam,
     decode,
     download,
@@ -446,3 +447,13 @@ def test_attention_head_by_head_is_that_of_the_original():
         torch.nn.init.normal_(table)
     x = torch.randn(2, 6, 9, 24)
     torch.testing.assert_close(sam._attend_by_head(attention, x), attention(x))
+
+
+@pytest.mark.parametrize(("n", "largest", "expected"), [
+    (36, 32, 18), (64, 32, 32), (65, 32, 17), (450, 32, 29), (3, 32, 2), (1, 32, 1), (0, 32, 1),
+])  # fmt: skip
+def test_batches_are_even_over_two_threads(monkeypatch, n, largest, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batch = _even_batch(n, largest, torch.device("cpu"))
+    assert batch == expected <= largest
+    assert _even_batch(n, largest, torch.device("cuda")) == largest
