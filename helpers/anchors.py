@@ -9,7 +9,7 @@ Whatever touches pixels runs where the masks are, on a GPU too; only small table
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from segment_anything.modeling import Sam
 from helpers.crops import Box, crop_boxes, resample, share_out
 from helpers.sam import Embedding, Proposals, check_image, embed, propose
 from helpers.segment_table import cut_by_border
-from helpers.superpixels import draw_points, superpixels
+from helpers.superpixels import draw_points, most_superpixels, superpixels
 
 LINKAGES = ("average", "complete", "single")
 
@@ -384,27 +384,53 @@ def prompt(
         "linkage": linkage,
         "iou_duplicate": iou_duplicate,
     }
-    if n_segments * 2**crop_n_layers > size[0] * size[1] // 16 and crop_n_layers:
+    where = {"compactness": compactness, "sigma": sigma, "crop_n_layers": crop_n_layers}
+    prompted = []
+    for layer, box, labels, points in draw_prompts(image, n_segments, n_points, rng=rng, **where):
+        embedding = embed(sam, image, box=box, dtype=dtype)
+        if early_stop:
+            proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
+        else:
+            proposals = propose(sam, embedding, points.reshape(-1, 2), **how)
+            asked = np.ones(points.shape[:2], bool)
+        prompted.append(Prompted(labels, points, proposals, asked, box, size, layer))
+    return prompted
+
+
+def draw_prompts(
+    image: np.ndarray,
+    n_segments: int,
+    n_points: int,
+    *,
+    rng: np.random.Generator,
+    crop_n_layers: int = 2,
+    compactness: float = 40.0,
+    sigma: float = 2.0,
+) -> Iterator[tuple[int, Box, np.ndarray, np.ndarray]]:
+    """Superpixels and prompts of an image and its crops, crop by crop; settings of :func:`prompt`.
+
+    Yields
+    ------
+    layer : int
+    box : (int, int, int, int)
+    labels : (h, w) int32 ndarray
+    points : (n, K, 2) int64 ndarray
+        As in :class:`Prompted`; n > 0.
+    """
+    size = image.shape[:2]
+    finest = n_segments * 2 ** max(crop_n_layers, 0)
+    if crop_n_layers and finest > most_superpixels(size):
         raise ValueError(
             f"crop_n_layers = {crop_n_layers} with n_segments = {n_segments} asks for "
-            f"{n_segments * 2**crop_n_layers} superpixels, fewer than 16 pixels each in an image "
+            f"{finest} superpixels, fewer than 16 pixels each in an image "
             f"of {size[0]} x {size[1]}; lower either, or use a larger image."
         )
-    prompted = []
     for layer, boxes in enumerate(crop_boxes(size, crop_n_layers)):
         whole = superpixels(image, n_segments * 2**layer, compactness=compactness, sigma=sigma)
         for box, labels in zip(boxes, share_out(whole, boxes), strict=True):
             points = draw_points(labels, n_points, rng=rng)
-            if not len(points):
-                continue
-            embedding = embed(sam, image, box=box, dtype=dtype)
-            if early_stop:
-                proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
-            else:
-                proposals = propose(sam, embedding, points.reshape(-1, 2), **how)
-                asked = np.ones(points.shape[:2], bool)
-            prompted.append(Prompted(labels, points, proposals, asked, box, size, layer))
-    return prompted
+            if len(points):
+                yield layer, box, labels, points
 
 
 def ask_in_rounds(

@@ -58,7 +58,7 @@ def superpixels(
     image = check_image(image)
     if n_segments < 1:
         raise ValueError(f"n_segments = {n_segments}; ask for at least 1 superpixel.")
-    if n_segments > image.shape[0] * image.shape[1] // 16:
+    if n_segments > most_superpixels(image.shape[:2]):
         raise ValueError(
             f"n_segments = {n_segments} leaves fewer than 16 pixels each in an image of "
             f"{image.shape[0]} x {image.shape[1]}; ask for fewer or use a larger image."
@@ -83,6 +83,11 @@ def superpixels(
             stacklevel=2,
         )
     return labels
+
+
+def most_superpixels(size: tuple[int, int]) -> int:
+    """Superpixels that an image of this height and width has room for, 16 pixels each."""
+    return size[0] * size[1] // 16
 
 
 def _slic(image: np.ndarray, n: int, compactness: float, sigma: float) -> np.ndarray:

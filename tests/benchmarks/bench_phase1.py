@@ -18,22 +18,23 @@ import torch
 from segment_anything import sam_model_registry
 
 from helpers import anchors, phantom, sam
-from helpers.crops import crop_boxes, share_out
-from helpers.superpixels import draw_points, superpixels
 from tests.benchmarks.measure import clock, peak_memory
 from tests.literal_phase1 import literal_anchors, literal_proposals
 
 
 def views(image: np.ndarray, options, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The image and its crops, each with its prompts; crops are images of their own here."""
-    rng, found = np.random.default_rng(seed), []
-    for layer, boxes in enumerate(crop_boxes(image.shape[:2], options.crop_layers)):
-        labels = superpixels(image, options.segments * 2**layer)
-        for (x0, y0, x1, y1), part in zip(boxes, share_out(labels, boxes), strict=True):
-            points = draw_points(part, options.points, rng=rng)
-            if len(points):
-                found.append((np.ascontiguousarray(image[y0:y1, x0:x1]), points))
-    return found
+    prompts = anchors.draw_prompts(
+        image,
+        options.segments,
+        options.points,
+        rng=np.random.default_rng(seed),
+        crop_n_layers=options.crop_layers,
+    )
+    return [
+        (np.ascontiguousarray(image[y0:y1, x0:x1]), points)
+        for _, (x0, y0, x1, y1), _, points in prompts
+    ]
 
 
 def fast(model, image, points: np.ndarray, dtype: torch.dtype | None):

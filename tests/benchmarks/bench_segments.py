@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import anchors, baselines, datasets, sam, train_sam
+from helpers.superpixels import most_superpixels
 
 
 def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -31,7 +32,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     yield "anchors", masks
     yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
     yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
-    most = min(7 * 48, image.shape[0] * image.shape[1] // 16)  # as many as in all three layers
+    most = min(7 * 48, most_superpixels(image.shape[:2]))  # as many as in all three layers
     whole = prompted(crop_n_layers=0, n_segments=most)
     yield "  no crops, as many prompts", anchors.anchors(whole).masks
     paper = prompted(crop_n_layers=0, n_segments=30, n_points=15)
