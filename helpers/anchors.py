@@ -120,10 +120,10 @@ def iou_matrix(
     """
     x = _tensor(a).flatten(-2).float()
     y = x if b is None else _tensor(b).flatten(-2).float()
-    both = (x @ y.mT).double()
-    count_x, count_y = (ones.sum(-1).double() for ones in (x, y))
+    counts = (x @ y.mT, x.sum(-1), y.sum(-1))  # whole numbers, exact in single precision
+    both, count_x, count_y = (count.cpu().double() for count in counts)
     either = count_x[..., :, None] + count_y[..., None, :] - both
-    return (both / either.clamp(min=1)).cpu().numpy()
+    return (both / either.clamp(min=1)).numpy()
 
 
 def _tensor(masks: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ Positive = Annotated[int, Field(ge=1)]
 Counts = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Overlap = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -167,10 +168,12 @@ class AnchorClustering(WithDevice):
     linkage: Annotated[
         Literal["average", "complete", "single"], Field(description="agglomerative linkage")
     ]
-    iou_duplicate: Annotated[Fraction, Field(description="IoU from which two masks are the same")]
+    iou_duplicate: Annotated[Overlap, Field(description="IoU from which two masks are the same")]
     pred_iou_thresh: Annotated[Fraction, Field(description="smallest predicted IoU of a segment")]
-    iou_merge: Annotated[Fraction, Field(description="IoU from which two anchors are one segment")]
-    min_area: Annotated[Fraction, Field(description="smallest segment, fraction of the image")]
+    iou_merge: Annotated[Overlap, Field(description="IoU from which two anchors are one segment")]
+    min_area: Annotated[
+        float, Field(ge=0, lt=0.9, description="smallest segment, fraction of the image")
+    ]
     early_stop: Annotated[
         bool, Field(description="ask no further prompts where the anchor is settled")
     ]
@@ -527,7 +530,7 @@ def show(params: Common) -> None:
     display(_Table(params))
 
 
-def torch_device(device: str) -> str:
+def torch_device(device: str | torch.device) -> str:
     """Device that ``"auto"`` stands for here: ``cuda`` if there is one, else ``cpu``.
 
     Raises
@@ -537,6 +540,7 @@ def torch_device(device: str) -> str:
     """
     import torch
 
+    device = str(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

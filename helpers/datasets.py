@@ -29,6 +29,8 @@ __all__ = ["COLUMNS", "NAMES", "SPLITS", "Dataset", "load", "read_image", "split
 
 SPLITS = ("train", "val", "test", "test2")
 COLUMNS = ("image_id", "label", "split", "patient", "site", "dataset", "height", "width")
+#: Of ``pandas.read_csv``: an empty field is missing, but a class may be called NA or None.
+_ONLY_EMPTY = {"keep_default_na": False, "na_values": [""]}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 #: Smallest short side of an image file that is accepted, in pixels.
@@ -673,7 +675,7 @@ def _walk_classes(root: Path) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        table = pd.read_csv(path, dtype=str, skipinitialspace=True, **_ONLY_EMPTY)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a CSV table ({error})") from None
     table.columns = [str(c).strip() for c in table.columns]
@@ -715,7 +717,7 @@ def _load_glas(root, image_size, seed, limits, *, n_classes=None):
     path = root / "Grade.csv"
     if not path.exists():
         raise FileNotFoundError(f"{root} has no Grade.csv. {_WHERE['glas']}")
-    table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+    table = pd.read_csv(path, dtype=str, skipinitialspace=True, **_ONLY_EMPTY)
     table.columns = [c.strip() for c in table.columns]
     wanted = ["name", "patient ID", "grade (GlaS)", "grade (Sirinukunwattana et al. 2015)"]
     missing = [c for c in wanted if c not in table]

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from helpers.config import torch_device
 from helpers.pool import Pool, append, check_leakage
-from helpers.segment_table import Segments, rows_by_image
+from helpers.segment_table import Segments, drop_duplicates, rows_by_image, tidy
 
 with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -92,8 +93,9 @@ class Extractor:
         Raises
         ------
         ValueError
-            If the crops have another shape or type.
+            If the crops have another shape or type, or `batch` is below 1.
         """
+        _check_batch(batch)
         crops = np.asarray(crops)
         if crops.ndim != 4 or crops.shape[1:] != (224, 224, 3) or crops.dtype != np.uint8:
             raise ValueError(
@@ -181,6 +183,7 @@ def embed_segments(
     (n, dim) float32 ndarray
         In the order of `segments`.
     """
+    _check_batch(batch)
     out = np.empty((len(segments), extractor.dim), np.float32)
     crops = _crops(segments, get_image, background)
     with tqdm(total=len(segments), desc="features", disable=not progress) as bar:
@@ -211,7 +214,8 @@ def extend(
         The one the pool was built with.
     segments : Segments
         Images that the pool has already are passed over, so that the segments of a growing folder
-        can be given as a whole.
+        can be given as a whole. They are tidied and freed of duplicates as those of the pool were,
+        if its provenance says so (``tidy``, ``iou_duplicate``).
     get_image : callable
         image_id -> (H, W, 3) uint8 ndarray; asked for new images only.
     records : DataFrame, optional
@@ -240,6 +244,10 @@ def extend(
         return pool
     segments = segments.select(image_id=new)
     check_leakage(segments.table, records=records)  # before any work is done
+    if pool.provenance.get("tidy"):
+        segments = tidy(segments)
+    if "iou_duplicate" in pool.provenance:
+        segments = drop_duplicates(segments, iou=pool.provenance["iou_duplicate"])
     background = pool.provenance.get("background", "keep")
     features = embed_segments(
         extractor, segments, get_image, background=background, batch=batch, progress=progress
@@ -259,7 +267,7 @@ def load_extractor(
         ``ctranspath`` only: a checkpoint (``.pth`` or ``.safetensors``) or a hub id
         ``hf-hub:owner/model``; without it the hub model :data:`CTRANSPATH_HUB` is asked for.
     device : str
-        A torch device.
+        A torch device; "auto" takes a GPU where there is one.
 
     Returns
     -------
@@ -269,7 +277,8 @@ def load_extractor(
     Raises
     ------
     ValueError
-        If the name is unknown or the checkpoint belongs to another network.
+        If the name is unknown, the checkpoint belongs to another network, or the device is not
+        there.
     FileNotFoundError
         If there is no such file.
     ConnectionError
@@ -286,6 +295,7 @@ def load_extractor(
         network, (mean, std) = _ctranspath(path), _IMAGENET
     else:
         raise ValueError(f"no extractor is called {name!r}: use 'lite0' or 'ctranspath'")
+    device = torch_device(device)
     network.eval().requires_grad_(False).to(device)
     return Extractor(name, network.num_features, network, mean, std, device)
 
@@ -475,6 +485,11 @@ def _timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             key = f"layers.{int(stage) + 1}.{rest}"
         renamed[key] = value
     return renamed
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"batch={batch}: a pass takes at least one crop")
 
 
 def _crops(

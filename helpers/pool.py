@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from sklearn.neighbors import NearestNeighbors
 
 from helpers.segment_table import (
     FORMAT,
     Segments,
+    as_text,
     decode,
     load_coco,
     read_json,
@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _POOL_FILES = ("segments.json", "features.npz")
+#: Rows of distances to all segments that are in memory at once.
+_QUERIES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ClassPca:
     ----------
     mean : (d,) float32 ndarray
     components : (p, d) float32 ndarray
-        Rows are orthonormal, largest variance first.
+        Rows are orthonormal, largest variance first; one row of zeros for a class of one segment.
     explained_variance_ratio : (p,) float64 ndarray
     n_samples : int
         Segments it was fitted to.
@@ -261,7 +263,6 @@ def build(
     features: np.ndarray,
     *,
     n_components: int = 128,
-    split: str = "train",
     min_area: float = 0.0,
     records: pd.DataFrame | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -275,14 +276,12 @@ def build(
     features : (n, d) ndarray
         One feature vector a segment, same order.
     n_components : int
-        p of the paper (128). Kept are min(p, n_c, d) components for a class of n_c segments.
-    split : str
-        The split that may go into the pool.
+        p of the paper (128). Kept are min(p, n_c - 1, d) components for a class of n_c segments,
+        but at least one: n centred vectors span n - 1 dimensions.
     min_area : float
         Smallest segment, as a fraction of its image; smaller ones are dropped and counted.
     records : DataFrame, optional
-        All images of the study with `split` and `patient`: then no patient of the pool may have an
-        image in another split.
+        All images of the study, for :func:`check_leakage`.
     provenance : mapping, optional
         Kept with the pool, e.g. extractor and parameters.
 
@@ -293,13 +292,13 @@ def build(
     Raises
     ------
     ValueError
-        If a segment is from another split, a patient is in two splits, numbers of segments and
+        If a segment is not for training, a patient is in two splits, numbers of segments and
         features differ, features are not finite, or nothing is left.
     """
     features = _checked(features, len(segments))
     if n_components < 1:
         raise ValueError(f"n_components={n_components}: keep at least one component")
-    check_leakage(segments.table, split=split, records=records)
+    check_leakage(segments.table, records=records)
     large = _fraction(segments) >= min_area
     dropped = int((~large).sum())
     segments, features = segments.select(large), features[large]
@@ -374,58 +373,57 @@ def append(
     )
 
 
-def check_leakage(
-    table: pd.DataFrame, *, split: str = "train", records: pd.DataFrame | None = None
-) -> None:
+def check_leakage(table: pd.DataFrame, *, records: pd.DataFrame | None = None) -> None:
     """Refuse segments that would carry validation or test pixels into training.
 
     Parameters
     ----------
     table : DataFrame
-        Segments with image_id, split and patient.
-    split : str
-        The only split allowed.
+        Segments with image_id, split, patient and dataset.
     records : DataFrame, optional
-        All images with image_id, split, patient and dataset: images of `table` must be in `split`
-        there too, and their patients in `split` alone.
+        All images of the study with the same columns: images of `table` must be training images
+        there too, and their patients must have images in no other split.
 
     Raises
     ------
     ValueError
-        Names the images, or the patients.
+        Names the images, or the patients; or a column that is missing.
     """
-    wrong = table[table["split"] != split]
+    wrong = table[table["split"] != "train"]
     if len(wrong):
         ids = list(dict.fromkeys(wrong["image_id"]))
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
         raise ValueError(
-            f"leakage: {len(wrong)} segments are not of the split {split!r} but of "
+            f"leakage: {len(wrong)} segments are not of the split 'train' but of "
             f"{sorted(set(map(str, wrong['split'])))}, from images {ids[:5]}{more}; the pool takes "
-            f"training images only, pass segments.select(split={split!r})"
+            "training images only, pass segments.select(split='train')"
         )
     if records is None:
         return
-    elsewhere = records.loc[records["split"] != split, "image_id"].astype(str)
-    named = sorted(set(elsewhere) & set(table["image_id"]))
-    if named:
+    missing = {"image_id", "split", "patient", "dataset"} - set(records)
+    if missing:
+        raise ValueError(f"the records lack the columns {sorted(missing)}: leakage cannot be seen")
+    elsewhere = records["split"] != "train"
+    unknown = sorted(set(table["image_id"]) - set(as_text(records.loc[~elsewhere, "image_id"])))
+    if unknown:
         raise ValueError(
-            f"leakage: images {named[:5]} are said to be of {split!r}, but the records put them "
-            "in another split; make the segments again from the records"
+            f"leakage: images {unknown[:5]} are said to be of 'train', but the records do not have "
+            "them there; make the segments again from the records"
         )
-    inside = _patients(table)
-    outside = _patients(records[records["split"] != split])
-    both = sorted(inside & outside)
+    both = sorted(_patients(table) & _patients(records[elsewhere]))
     if both:
         raise ValueError(
-            f"leakage: patients {[patient for _, patient in both[:5]]} have images in "
-            f"{split!r} and in another split; split the data by patient"
+            f"leakage: patients {[patient for _, patient in both[:5]]} have images in 'train' and "
+            "in another split; split the data by patient"
         )
 
 
 # --- measures of a pool ---------------------------------------------------------------------------
 
 
-def neighbour_recall(full: np.ndarray, reduced: np.ndarray, *, k: int = 5) -> float:
+def neighbour_recall(
+    full: np.ndarray, reduced: np.ndarray, *, k: int = 5, max_queries: int = 2000
+) -> float:
     """Share of the k nearest neighbours that survives a reduction of the features.
 
     Parameters
@@ -436,6 +434,8 @@ def neighbour_recall(full: np.ndarray, reduced: np.ndarray, *, k: int = 5) -> fl
         The same after.
     k : int
         Neighbours looked at; fewer where n is small.
+    max_queries : int
+        Evenly spaced queries, so that the cost stays linear in n.
 
     Returns
     -------
@@ -445,11 +445,9 @@ def neighbour_recall(full: np.ndarray, reduced: np.ndarray, *, k: int = 5) -> fl
     k = min(k, len(full) - 1)
     if k < 1:
         return 1.0
-    near = [
-        NearestNeighbors(n_neighbors=k).fit(f).kneighbors(return_distance=False)
-        for f in (np.asarray(full), np.asarray(reduced))
-    ]
-    kept = [len(np.intersect1d(a, b)) for a, b in zip(*near, strict=True)]
+    itself = np.arange(len(full))
+    before, after = (_nearest(f, itself, k, max_queries)[1] for f in (full, reduced))
+    kept = [len(np.intersect1d(a, b)) for a, b in zip(before, after, strict=True)]
     return float(np.mean(kept) / k)
 
 
@@ -478,17 +476,34 @@ def neighbour_agreement(
     float
         From 0 to 1.
     """
-    features, labels, images = np.asarray(features, float), np.asarray(labels), np.asarray(images)
+    labels = np.asarray(labels)
+    queries, near = _nearest(features, np.asarray(images), k, max_queries)
+    found = near >= 0
+    agree = (labels[near] == labels[queries, None]) & found
+    number = found.sum(axis=1)
+    share = agree.sum(axis=1)[number > 0] / number[number > 0]
+    return float(share.mean()) if len(share) else float("nan")
+
+
+def _nearest(
+    features: np.ndarray, groups: np.ndarray, k: int, max_queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced queries (q,), and the rows (q, k) nearest to each, of other groups than its.
+
+    Rows are -1 where there are fewer than k of them.
+    """
+    features = np.asarray(features, np.float64)
     norms = (features**2).sum(axis=1)
-    agree = []
-    for i in np.unique(np.linspace(0, len(labels) - 1, max_queries).astype(int)):
-        other = np.flatnonzero(images != images[i])
-        if len(other) == 0:
-            continue
-        distance = norms[other] - 2 * features[other] @ features[i]
-        near = other[np.argsort(distance, kind="stable")[:k]]
-        agree.append((labels[near] == labels[i]).mean())
-    return float(np.mean(agree)) if agree else float("nan")
+    queries = np.unique(np.linspace(0, len(features) - 1, max_queries).astype(int))
+    near = np.full((len(queries), k), -1)
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        block = queries[start : start + _QUERIES_AT_ONCE]
+        distance = norms - 2 * features[block] @ features.T  # and the square of the query
+        distance[groups[block, None] == groups] = np.inf
+        order = np.argsort(distance, axis=1, kind="stable")[:, :k]
+        here = np.isfinite(np.take_along_axis(distance, order, axis=1))
+        near[start : start + len(block), : order.shape[1]] = np.where(here, order, -1)
+    return queries, near
 
 
 def map_to_plane(features: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -551,7 +566,8 @@ def _check_new(pool: Pool, segments: Segments, features: np.ndarray) -> None:
 def _fit(segments: Segments, features: np.ndarray, n_components: int, provenance: dict) -> Pool:
     labels = segments.table["label"].to_numpy()
     order = dict.fromkeys(labels)
-    kept = {c: min(n_components, int((labels == c).sum()), features.shape[1]) for c in order}
+    spanned = {c: max(1, int((labels == c).sum()) - 1) for c in order}
+    kept = {c: min(n_components, spanned[c], features.shape[1]) for c in order}
     scores = np.zeros((len(segments), max(kept.values())), np.float32)
     pcas = {}
     for label in order:
@@ -563,11 +579,10 @@ def _fit(segments: Segments, features: np.ndarray, n_components: int, provenance
 
 
 def _fit_class(features: np.ndarray, p: int) -> ClassPca:
-    """PCA of one class; a class of one segment has no variance and keeps one empty component."""
+    """PCA of one class; a class of one segment has no direction, and keeps one that is zero."""
     if len(features) == 1:
-        unit = np.zeros((1, features.shape[1]), np.float32)
-        unit[0, 0] = 1
-        return ClassPca(features[0].copy(), unit, np.zeros(1), 1)
+        none = np.zeros((1, features.shape[1]), np.float32)
+        return ClassPca(features[0].copy(), none, np.zeros(1), 1)
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     # Many rows: eigenvectors of the (d, d) covariance cost n d^2 once, where the decomposition of
     # the whole matrix costs several times that. Centring first keeps its digits.
@@ -586,8 +601,9 @@ def _fraction(segments: Segments) -> np.ndarray:
 
 
 def _patients(table: pd.DataFrame) -> set[tuple[str, str]]:
-    known = table[table["patient"].notna() & (table["patient"].astype(str) != "")]
-    return set(zip(known["dataset"].astype(str), known["patient"].astype(str), strict=True))
+    """Data set and number of every patient that is known."""
+    pairs = zip(as_text(table["dataset"]), as_text(table["patient"]), strict=True)
+    return {(dataset, patient) for dataset, patient in pairs if patient}
 
 
 def _read_arrays(path: Path, meta: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, ClassPca]]:

@@ -33,7 +33,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,17 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def read_table(path: Path, text: Sequence[str] = ("label",)) -> pd.DataFrame:
+    """Read a CSV file of a run; the columns `text` stay text, and only an empty field is missing.
+
+    By itself pandas would take a class called ``1`` for a number and one called ``NA`` for none.
+    """
+    import pandas as pd
+
+    types = dict.fromkeys(text, str)
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
 
 
 def dump(path: Path, value: Any) -> None:
@@ -424,10 +435,8 @@ class Stage:
 
     @cached_property
     def _records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        text = dict.fromkeys(("image_id", "label", "split", "patient", "site", "dataset"), str)
-        table = pd.read_csv(self.input("00_tissue", "images.csv"), dtype=text)
+        text = ("image_id", "label", "split", "patient", "site", "dataset")
+        table = read_table(self.input("00_tissue", "images.csv"), text)
         return table.set_index("image_id", drop=False).rename_axis(None)
 
     def _picture(self, folder: str, image_id: str) -> Path:

@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from helpers.config import torch_device
 from helpers.crops import Box, inner_edges
 from helpers.weights import read_weights
 
@@ -248,7 +249,7 @@ def load_sam(
     ConnectionError
         If an official checkpoint has to be downloaded and its host cannot be reached.
     """
-    device = resolve_device(device)
+    device = torch_device(device)
     name = str(checkpoint)
     if name in OFFICIAL:
         path = DOWNLOADS / OFFICIAL[name][0].rsplit("/", 1)[1]
@@ -271,13 +272,6 @@ def load_sam(
             )
         sam = _read_official(path)
     return sam.eval().requires_grad_(False).to(device)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn "auto" into a GPU where there is one, else the CPU; pass anything else on."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
 
 
 def _read_small(path: Path, image_size: int | None) -> Sam:

@@ -27,10 +27,12 @@ __all__ = [
     "COLUMNS",
     "FORMAT",
     "Segments",
+    "as_text",
     "collect",
     "cut_by_border",
     "decode",
     "drop_duplicates",
+    "join",
     "load_coco",
     "prefer_whole",
     "read_json",
@@ -156,11 +158,41 @@ def collect(images: pd.DataFrame, segments: Mapping[str, Any]) -> Segments:
         if record["image_id"] not in segments:
             continue
         part, codes = _rows_of_image(record, segments[record["image_id"]])
-        rows.append(part)
-        rles += codes
+        if codes:
+            rows.append(part)
+            rles += codes
     table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=list(COLUMNS))
     table["segment_id"] = np.arange(1, len(table) + 1)
     return Segments(images, table[list(COLUMNS)], tuple(rles))
+
+
+def join(parts: Sequence[Segments]) -> Segments:
+    """Put the segments of different images into one table, part after part.
+
+    Run-length codes of one image after the other take far less memory than all their masks.
+
+    Parameters
+    ----------
+    parts : sequence of Segments
+        Of different images, at least one part.
+
+    Returns
+    -------
+    Segments
+        Its segments are numbered anew.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to join, or two parts have the same image.
+    """
+    if not parts:
+        raise ValueError("no segments to join: give at least one part")
+    images = _image_table(pd.concat([part.images for part in parts], ignore_index=True))
+    filled = [part.table for part in parts if len(part)] or [parts[0].table]
+    table = pd.concat(filled, ignore_index=True)
+    table["segment_id"] = np.arange(1, len(table) + 1)
+    return Segments(images, table, tuple(rle for part in parts for rle in part.rles))
 
 
 def cut_by_border(masks: np.ndarray) -> np.ndarray:
@@ -207,16 +239,24 @@ def tidy(segments: Segments) -> Segments:
     Returns
     -------
     Segments
-        In the same order; area, centroid, box and border are measured anew.
+        In the same order and under the same numbers; area, centroid, box and border are measured
+        anew.
     """
-    cleaned = {}
-    for image_id, rows in rows_by_image(segments.table).items():
-        cleaned[image_id] = SimpleNamespace(
-            masks=np.stack([_largest_part(segments.mask(i)) for i in rows]),
-            scores=segments.table["score"].to_numpy()[rows],
-            superpixel=segments.table["superpixel"].to_numpy()[rows],
+    table, rows = segments.table, rows_by_image(segments.table)
+    cleaned = {
+        image_id: SimpleNamespace(
+            masks=np.stack([_largest_part(segments.mask(i)) for i in at]),
+            scores=table["score"].to_numpy()[at],
+            superpixel=table["superpixel"].to_numpy()[at],
         )
-    return collect(segments.images, cleaned)
+        for image_id, at in rows.items()
+    }
+    by_image = collect(segments.images, cleaned)
+    given = [rows[i] for i in segments.images["image_id"] if i in rows]
+    order = np.argsort(np.concatenate(given)) if given else np.zeros(0, int)
+    measured = by_image.table.iloc[order].reset_index(drop=True)
+    measured["segment_id"] = table["segment_id"]
+    return Segments(by_image.images, measured, tuple(by_image.rles[i] for i in order))
 
 
 def drop_duplicates(segments: Segments, *, iou: float = 0.9) -> Segments:
@@ -336,17 +376,25 @@ def _image_table(images: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"the image table lacks the columns {sorted(missing)}")
     images = images.reset_index(drop=True).copy()
     for column in ("patient", "site", "dataset"):
-        images[column] = _text(images[column]) if column in images else ""
+        images[column] = as_text(images[column]) if column in images else ""
     for column in ("image_id", "label", "split"):
-        images[column] = _text(images[column])
+        images[column] = as_text(images[column])
     if images["image_id"].duplicated().any():
         twice = images.loc[images["image_id"].duplicated(), "image_id"].tolist()
         raise ValueError(f"image ids must be unique, but {twice[:5]} come twice")
     return images[[*_IMAGE_KEYS, "height", "width"]]
 
 
-def _text(column: pd.Series) -> pd.Series:
-    return column.map(lambda value: "" if pd.isna(value) else str(value)).astype(str)
+def as_text(column: pd.Series) -> pd.Series:
+    """Text of each value, "" where it is missing; 2.0 is "2", as pandas makes floats of holes."""
+
+    def text(value):
+        if pd.isna(value):
+            return ""
+        whole = isinstance(value, float) and value.is_integer()
+        return str(int(value) if whole else value)
+
+    return column.map(text).astype(str)
 
 
 def _rows_of_image(record: Mapping[str, Any], given: Any) -> tuple[pd.DataFrame, list[dict]]:
@@ -433,11 +481,8 @@ def _to_coco(segments: Segments, info: dict) -> dict:
 
 def _from_coco(document: Mapping[str, Any]) -> Segments:
     labels = {c["id"]: str(c["name"]) for c in document["categories"]}
-    by_id = {image["id"]: image for image in document["images"]}
-    images = pd.DataFrame(
-        [_image_row(image) for image in document["images"]],
-        columns=[*_IMAGE_KEYS, "height", "width"],
-    )
+    by_id = _image_rows(document["images"])
+    images = _image_table(pd.DataFrame(by_id.values(), columns=[*_IMAGE_KEYS, "height", "width"]))
     ours = "format" in document.get("info", {})
     rows, rles = [], []
     for a in document["annotations"]:
@@ -449,7 +494,8 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
         if ours and area != a["area"]:
             raise ValueError(f"the mask of annotation {a['id']} has not the area it was saved with")
         rles.append(rle)
-        rows.append(_segment_row(a, _image_row(image), labels.get(a.get("category_id"), ""), rle))
+        label = labels.get(a.get("category_id"), "")
+        rows.append(_segment_row(a, image, label, rle, area))
     labelled = dict(zip((r["image_id"] for r in rows), (r["label"] for r in rows), strict=True))
     images["label"] = [
         label or labelled.get(image, "")
@@ -458,13 +504,23 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
     return Segments(images, pd.DataFrame(rows, columns=list(COLUMNS)), tuple(rles))
 
 
-def _image_row(image: Mapping[str, Any]) -> dict:
-    row = {key: str(image.get(key, "")) for key in _IMAGE_KEYS}
-    row["image_id"] = row["image_id"] or Path(str(image["file_name"])).stem
-    return row | {"height": int(image["height"]), "width": int(image["width"])}
+def _image_rows(images: Sequence[Mapping[str, Any]]) -> dict[Any, dict]:
+    """Rows of the image table by COCO id; other tools name images by their files alone."""
+    rows = {}
+    for image in images:
+        row = {key: "" if image.get(key) is None else str(image[key]) for key in _IMAGE_KEYS}
+        rows[image["id"]] = row | {k: int(image[k]) for k in ("height", "width")}
+    files = {i["id"]: Path(str(i["file_name"])) for i in images if not rows[i["id"]]["image_id"]}
+    twice = len({path.stem for path in files.values()}) < len(files)
+    for number, path in files.items():
+        name = "__".join(path.with_suffix("").parts) if twice else path.stem
+        rows[number]["image_id"] = name
+    return rows
 
 
-def _segment_row(a: Mapping[str, Any], image: Mapping[str, Any], label: str, rle: dict) -> dict:
+def _segment_row(
+    a: Mapping[str, Any], image: Mapping[str, Any], label: str, rle: dict, area: int
+) -> dict:
     x, y, w, h = (int(v) for v in coco.toBbox(rle))  # other tools round theirs
     if "centroid" in a and "border" in a:
         (cx, cy), cut = a["centroid"], a["border"]
@@ -477,7 +533,7 @@ def _segment_row(a: Mapping[str, Any], image: Mapping[str, Any], label: str, rle
         "image_id": image["image_id"],
         "label": label,
         **{key: image[key] for key in ("patient", "split", "dataset")},
-        "area": int(a["area"]) if "counts" in a["segmentation"] else int(coco.area(rle)),
+        "area": area,
         "cx": float(cx),
         "cy": float(cy),
         **dict(zip("xywh", (x, y, w, h), strict=True)),

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.config import torch_device
 from helpers.diffusion import dsm_loss
 from helpers.latent import (
     AUTOENCODER_WEIGHTS,
@@ -46,7 +47,6 @@ from helpers.latent_scenes import (
     random_crops,
     turn,
 )
-from helpers.sam import resolve_device
 from helpers.samplers import inpaint_latents
 from helpers.training import Recipe, Trainer, add_average, average, digest
 
@@ -322,7 +322,7 @@ class DecoderTrainer(Trainer):
                 f"smoothed = {recipe.smoothed}, sampled = {recipe.sampled}: that needs a noise "
                 "network; give a model that has one, or make both 0"
             )
-        self.latents = model.to(resolve_device(device))
+        self.latents = model.to(torch_device(device))
         autoencoder = model.autoencoder
         parts = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
         super().__init__(recipe, parts, device, **_ADAMW)

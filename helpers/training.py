@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from helpers.sam import resolve_device
+from helpers.config import torch_device
 from helpers.weights import read_weights, write_weights
 
 __all__ = ["Recipe", "Trainer", "add_average", "average", "digest", "learning_rate"]
@@ -160,7 +160,7 @@ class Trainer:
         groups: Sequence[dict[str, Any]] | None = None,
         **adamw: Any,
     ) -> None:
-        self.recipe, self.device = recipe, resolve_device(device)
+        self.recipe, self.device = recipe, torch.device(torch_device(device))
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.train().requires_grad_(True)
         groups = groups or [{"params": list(model.parameters()), "lr": recipe.rate}]

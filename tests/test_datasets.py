@@ -183,6 +183,17 @@ def test_folder_of_splits(tmp_path):
     assert data.counts().loc["x", ["train", "test"]].tolist() == [1, 1]
 
 
+def test_classes_and_patients_may_be_called_na(tmp_path):
+    for i, label in enumerate(("NA", "None", "NA", "None")):
+        save(tmp_path / label / f"{i}.png", seed=i)
+    assert datasets.load("folder", root=tmp_path, image_size=32).classes == ("NA", "None")
+    rows = [(f"{c}/{i}.png", c, "NA", "train") for i, c in enumerate(("NA", "None", "NA", "None"))]
+    write_csv(tmp_path, rows, ["path", "label", "patient", "split"])
+    records = datasets.load("folder", root=tmp_path, image_size=32).records
+    assert records["label"].tolist() == ["NA", "None", "NA", "None"]
+    assert set(records["patient"]) == {"NA"}
+
+
 def test_the_order_of_classes_is_natural_or_given(tmp_path):
     for label in ("grade 2", "grade 10", "grade 1"):
         save(tmp_path / label / "1.png")

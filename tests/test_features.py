@@ -9,6 +9,7 @@ from skimage import data
 from helpers import features
 from helpers.pool import Pool, build
 from helpers.segment_table import collect
+from tests import toy_segments as toy
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,11 @@ def test_lite0_features(lite0):
 def test_embed_refuses_other_types(lite0):
     with pytest.raises(ValueError, match="float64"):
         lite0.embed(np.zeros((1, 224, 224, 3)))
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"batch={batch}"):
+            lite0.embed(crops(1), batch=batch)
+        with pytest.raises(ValueError, match=f"batch={batch}"):
+            features.embed_segments(lite0, collect(toy.records(1), toy.masks(1)), None, batch=batch)
     for shape in ((224, 224, 3), (1, 64, 64, 3)):
         with pytest.raises(
             ValueError, match=r"shape .*, expected uint8 of shape \(n, 224, 224, 3\)"
@@ -297,6 +303,23 @@ def test_a_saved_pool_grows_without_asking_the_extractor_again(growing):
     )
 
 
+def test_a_pool_grows_by_the_rules_it_was_built_with(growing):
+    """Islands and duplicates of new segments go as those of the pool did."""
+    folder, _, network, images, table = growing
+    whole = np.zeros((24, 33), bool)
+    whole[4:12, 5:20] = True
+    ragged = whole.copy()
+    ragged[20:22, 28:31], ragged[7, 9] = True, False
+    segments = collect(table.iloc[[4]], {"im4": np.stack([ragged, whole])})
+    as_it_is = features.extend(Pool.load(folder), network, segments, images.__getitem__)
+    assert len(as_it_is) == 14
+    pool = Pool.load(folder)
+    pool.provenance.update(tidy=True, iou_duplicate=0.9)
+    more = features.extend(pool, network, segments, images.__getitem__)
+    assert len(more) == 13
+    np.testing.assert_array_equal(more.mask(12), whole)
+
+
 def test_what_may_not_grow_is_refused_before_any_work(growing):
     folder, segments, network, images, table = growing
     pool = Pool.load(folder)
@@ -306,9 +329,8 @@ def test_what_may_not_grow_is_refused_before_any_work(growing):
     test = table.assign(split=["train"] * 5 + ["test"])
     with pytest.raises(ValueError, match=r"leakage.*im5"):
         features.extend(pool, network, segments, images.__getitem__, records=test)
-    shared = test.assign(
-        patient=["p0", "p1", "p2", "p3", "p4", "p4"], image_id=[*table["image_id"][:5], "x"]
-    )
+    relative = table.tail(1).assign(image_id="x", split="test", patient="p4")
+    shared = pd.concat([table, relative])
     with pytest.raises(ValueError, match=r"patients \['p4'\]"):
         features.extend(pool, network, segments, images.__getitem__, records=shared)
     assert Counting.seen == 0

@@ -37,9 +37,9 @@ def test_pca_is_fitted_within_each_class(segments, raw):
 
 
 def test_all_components_keep_all_distances(segments, raw):
-    """p is clamped to min(p, n, d); with all of them the projection is a rotation."""
+    """p is clamped to min(p, n - 1, d); with all of them the projection is a rotation."""
     pool = pooling.build(segments, raw, n_components=128)
-    assert [pool.pcas[c].n_components for c in "ab"] == [12, 12]
+    assert [pool.pcas[c].n_components for c in "ab"] == [11, 11]
     rows = pool.of_class("b")
     expected = np.linalg.norm(raw[rows] - raw[rows[0]], axis=1)
     np.testing.assert_allclose(pool.distances(rows[0], rows), expected, rtol=1e-4)
@@ -51,8 +51,8 @@ def test_small_classes_are_padded_with_zeros(segments, raw):
     keep[[4, 5]] = True  # class b keeps two segments
     pool = pooling.build(segments.select(keep), raw[keep], n_components=8)
     assert pool.features.shape == (14, 8)
-    assert pool.pcas["b"].n_components == 2
-    assert (pool.features[pool.of_class("b")][:, 2:] == 0).all()
+    assert pool.pcas["b"].n_components == 1
+    assert (pool.features[pool.of_class("b")][:, 1:] == 0).all()
 
 
 def test_class_of_one_segment_and_of_equal_segments(segments, raw):
@@ -61,6 +61,8 @@ def test_class_of_one_segment_and_of_equal_segments(segments, raw):
     pool = pooling.build(segments.select(keep), np.ones((3, 20)), n_components=3)
     assert pool.pcas["b"].n_components == 1
     assert np.isfinite(pool.features).all() and (pool.features == 0).all()
+    later = pool.pcas["b"].transform(np.random.default_rng(0).normal(size=(3, 20)))
+    assert (later == 0).all()  # one segment says nothing of any direction
     assert pool.summary()["explained_variance"].tolist() == [0, 0]
 
 
@@ -92,6 +94,9 @@ def test_leakage_of_a_patient_is_refused(segments, raw):
         pooling.build(segments, raw, records=pd.concat([records(), other]))
     other = other.assign(patient=["9", "8"])
     pooling.build(segments, raw, records=pd.concat([records(), other]))
+    holes = other.assign(patient=[np.nan, 2.0])  # numbers beside a hole become floats
+    with pytest.raises(ValueError, match=r"patients \['2'\]"):
+        pooling.build(segments, raw, records=pd.concat([records(), holes]))
     unknown = other.assign(patient=[None, ""])  # unknown patients cannot be compared
     pooling.build(segments, raw, records=pd.concat([records().assign(patient=None), unknown]))
 
@@ -151,7 +156,7 @@ def test_append_leaves_the_rest_as_it_is(segments, raw):
     more = pooling.append(pool, segments.select(image_id="im4"), raw[~first])
     np.testing.assert_array_equal(more.features[:20], pool.features)
     np.testing.assert_allclose(
-        more.features[20:, :8], pool.pcas["a"].transform(raw[~first])[:, :8], rtol=1e-6
+        more.features[20:, :7], pool.pcas["a"].transform(raw[~first])[:, :7], rtol=1e-6
     )
     assert len(more) == 24 and more.table["segment_id"].is_unique
     with pytest.raises(ValueError, match="already"):
@@ -217,6 +222,31 @@ def test_neighbour_measures():
     mixed = pooling.neighbour_agreement(full, labels, images, max_queries=20)
     assert 0.2 < mixed < 0.8
     assert np.isnan(pooling.neighbour_agreement(apart, labels, ["i"] * 60))
+
+
+@pytest.mark.parametrize("max_queries", [1, 7, 150, 2000])
+def test_neighbours_are_those_of_a_search_in_loops(max_queries):
+    """150 queries are more than one block, and 200 neighbours more than there are."""
+    rng = np.random.default_rng(3)
+    full, reduced = rng.normal(size=(150, 6)), rng.normal(size=(150, 3))
+    labels, images = rng.choice(list("abc"), 150), rng.integers(0, 40, 150)
+
+    def nearest(features, i, allowed, k):
+        allowed = [j for j in range(150) if allowed(j)]
+        return sorted(allowed, key=lambda j: np.linalg.norm(features[j] - features[i]))[:k]
+
+    queries = sorted({int(q) for q in np.linspace(0, 149, max_queries)})
+    agree, kept = [], []
+    for i in queries:
+        near = nearest(full, i, lambda j, i=i: images[j] != images[i], 200)
+        if near:
+            agree.append(np.mean([labels[j] == labels[i] for j in near]))
+        two = [set(nearest(f, i, lambda j, i=i: j != i, 5)) for f in (full, reduced)]
+        kept.append(len(two[0] & two[1]) / 5)
+    got = pooling.neighbour_agreement(full, labels, images, k=200, max_queries=max_queries)
+    assert got == pytest.approx(np.mean(agree))
+    got = pooling.neighbour_recall(full, reduced, max_queries=max_queries)
+    assert got == pytest.approx(np.mean(kept))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 19, 40])
@@ -291,6 +321,10 @@ def test_the_records_overrule_what_segments_say_of_their_split(segments, raw):
     truth = records().assign(patient=range(6), split=["train"] * 5 + ["val"])
     with pytest.raises(ValueError, match=r"images \['im5'\].*records"):
         pooling.build(segments, raw, records=truth)
+    with pytest.raises(ValueError, match=r"images \['im4', 'im5'\].*records"):
+        pooling.build(segments, raw, records=records(4))
+    with pytest.raises(ValueError, match=r"lack the columns \['dataset'\]"):
+        pooling.build(segments, raw, records=records().drop(columns="dataset"))
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])

@@ -2,6 +2,7 @@ import json
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -159,6 +160,14 @@ def test_a_missing_artefact_is_named_with_the_command(run_root, source):
 def test_parameters_must_come_from_the_chapter(run_root):
     with pytest.raises(TypeError, match=r"config\.read"):
         runs.begin(FIRST, params(TISSUE))
+
+
+def test_tables_keep_classes_that_look_like_numbers_or_like_nothing(tmp_path):
+    written = pd.DataFrame({"label": ["NA", "None", "01", "null"], "area": [1.5, None, 2, 3]})
+    written.to_csv(tmp_path / "t.csv", index=False)
+    table = runs.read_table(tmp_path / "t.csv")
+    assert table["label"].tolist() == ["NA", "None", "01", "null"]
+    assert table["area"].isna().tolist() == [False, True, False, False]
 
 
 def test_images_instances_and_records(run_root, source):

@@ -168,6 +168,22 @@ def test_coco_of_other_tools(tmp_path):
     assert segments.table.loc[1, list("xywh")].tolist() == [0, 0, 1, 10]  # of the mask
     with pytest.raises(ValueError, match="leakage"):  # no split is no training split
         pooling.build(segments, np.zeros((2, 3)))
+    document["annotations"][0]["area"] = document["annotations"][1]["area"] = 999.5
+    document["images"][0] |= {"label": None, "patient": None}
+    document["images"].append({"id": 2, "file_name": "other/a.png", "height": 10, "width": 12})
+    document["annotations"].append({**document["annotations"][0], "id": 3, "image_id": 2})
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    segments = load_coco(tmp_path / "c.json")
+    assert segments.images["image_id"].tolist() == ["slide__a", "other__a"]
+    assert segments.images["label"].tolist() == ["gland", "gland"]
+    assert segments.table["patient"].tolist() == ["", "", ""]
+    assert segments.table["area"].tolist() == [16, 10, 16]
+    assert segments.masks("other__a").shape == (1, 10, 12)
+    document["images"][1]["file_name"] = "slide/a.tif"
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"'slide__a'.* come twice"):
+        load_coco(tmp_path / "c.json")
+    document["images"][1]["file_name"] = "other/a.png"
     document["annotations"][1]["segmentation"]["counts"] = [120]
     (tmp_path / "c.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match="mask of annotation 2 is empty"):
@@ -207,6 +223,33 @@ def test_tidy_keeps_the_largest_part_without_holes():
     assert clean.table["image_id"].tolist() == ["im0", "im0", "im1"]
     again = tidy(clean)
     pd.testing.assert_frame_equal(again.table, clean.table)
+
+
+def test_tidy_keeps_the_order_of_segments_that_are_not_sorted_by_image(segments):
+    rows = np.random.default_rng(0).permutation(len(segments))
+    table = segments.table.iloc[rows].reset_index(drop=True)
+    mixed = segment_table.Segments(segments.images, table, tuple(segments.rles[i] for i in rows))
+    clean = tidy(mixed)
+    for column in ("segment_id", "image_id", "area", "cx"):  # discs are tidy already
+        assert clean.table[column].tolist() == table[column].tolist()
+    for i in range(len(mixed)):
+        np.testing.assert_array_equal(clean.mask(i), mixed.mask(i))
+    nothing = tidy(segments.select(np.zeros(len(segments), bool)))
+    assert len(nothing) == 0 and len(nothing.images) == 6
+
+
+def test_join_is_the_table_of_all(segments):
+    table, given = records(), masks() | {"im4": np.zeros((0, H, W), bool)}
+    parts = [collect(table.iloc[[i]], {f"im{i}": given[f"im{i}"]}) for i in range(6)]
+    joined, whole = segment_table.join(parts), collect(table, given)
+    pd.testing.assert_frame_equal(joined.table, whole.table)
+    pd.testing.assert_frame_equal(joined.images, whole.images)
+    assert joined.rles == whole.rles
+    assert len(segment_table.join([parts[4]])) == 0
+    with pytest.raises(ValueError, match="twice"):
+        segment_table.join([parts[0], parts[0]])
+    with pytest.raises(ValueError, match="no segments to join"):
+        segment_table.join([])
 
 
 def test_duplicates_count_once_and_the_better_score_stays():

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from segment_anything import sam_model_registry
 
-from helpers import anchors, phantom, sam
+from helpers import anchors, config, phantom, sam
 from tests.benchmarks.measure import clock, peak_memory
 from tests.literal_phase1 import literal_anchors, literal_proposals
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     options = parser.parse_args(argv)
     if options.random:
         model = sam.build_official(options.checkpoint).eval().requires_grad_(False)
-        model = model.to(sam.resolve_device(options.device))
+        model = model.to(config.torch_device(options.device))
     else:
         model = sam.load_sam(options.checkpoint, device=options.device)
     plain = as_built(model, options.checkpoint)
