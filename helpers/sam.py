@@ -140,11 +140,12 @@ class Smooth(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Smooth (..., h, w) along its last two dimensions; the border is continued."""
-        planes = x.reshape(-1, 1, *x.shape[-2:])
-        weights = x.new_tensor([1.0, 2.0, 2.0, 2.0, 1.0]) / 8
-        planes = F.pad(planes, (2, 2, 2, 2), mode="replicate")
-        planes = F.conv2d(planes, weights.reshape(1, 1, 1, 5))
-        return F.conv2d(planes, weights.reshape(1, 1, 5, 1)).reshape(x.shape)
+        planes = F.pad(x.reshape(-1, 1, *x.shape[-2:]), (2, 2, 2, 2), mode="replicate")
+        for shift in (1, 1, 2):  # (1, 1) * (1, 1) * (1, 0, 1) = (1, 2, 2, 2, 1)
+            planes = planes[..., shift:, :] + planes[..., :-shift, :]
+        for shift in (1, 1, 2):
+            planes = planes[..., shift:] + planes[..., :-shift]
+        return (planes / 64).reshape(x.shape)
 
 
 def import_timm():
@@ -665,8 +666,9 @@ def decode(
         1 inside, 0 outside, -1 padding.
     mask_inputs : (B, P, 4h, 4w) float tensor, optional
         Logits of a former round.
-    outputs : {"all", "best", "single"}
+    outputs : {"all", "three", "best", "single"}
         "all" gives m = 4: the single mask first, then the three of an ambiguous prompt;
+        "three" only the latter, m = 3;
         "best" only that of the three with the highest predicted IoU, m = 1;
         "single" only the single mask, m = 1.
     side : ImageSide, optional
@@ -679,8 +681,8 @@ def decode(
     iou : (B, P, m) float tensor
         Predicted IoU.
     """
-    if outputs not in ("all", "best", "single"):
-        raise ValueError(f"outputs = {outputs!r} is none of 'all', 'best', 'single'.")
+    if outputs not in ("all", "three", "best", "single"):
+        raise ValueError(f"outputs = {outputs!r} is none of 'all', 'three', 'best', 'single'.")
     if side is not None and mask_inputs is not None:
         raise ValueError("side holds images without mask inputs; give one of the two.")
     b, p = points.shape[:2]
@@ -698,10 +700,13 @@ def decode(
     hyper = torch.stack(
         [mlp(hs[..., 1 + i, :]) for i, mlp in enumerate(head.output_hypernetworks_mlps)], dim=2
     )
-    if outputs != "all":
-        index = iou[..., 1:].argmax(-1, keepdim=True) + 1
-        index = index if outputs == "best" else torch.zeros_like(index)
-        iou, hyper = iou.take_along_dim(index, 2), hyper.take_along_dim(index[..., None], 2)
+    if outputs == "single":
+        iou, hyper = iou[..., :1], hyper[:, :, :1]
+    elif outputs != "all":
+        iou, hyper = iou[..., 1:], hyper[:, :, 1:]
+    if outputs == "best":
+        best = iou.argmax(-1, keepdim=True)
+        iou, hyper = iou.take_along_dim(best, 2), hyper.take_along_dim(best[..., None], 2)
     return _mask_logits(head, keys, hyper, features.shape[-2:]), iou
 
 
@@ -788,15 +793,15 @@ def _mask_logits(head: MaskDecoder, keys, hyper, grid):
     if keys.device.type == "cpu" and not torch.is_grad_enabled():
         logits = torch.stack(
             [
-                torch.cat([_upscaled(head, piece) @ vectors.T for piece in places.split(_PIECE)])
-                for places, vectors in zip(keys.flatten(0, 1), hyper.flatten(0, 1), strict=True)
+                torch.cat([v @ _upscaled(head, k).flatten(0, 1).T for k in places.split(_PIECE)], 1)
+                for places, v in zip(keys.flatten(0, 1), hyper.flatten(0, 1), strict=True)
             ]
         )
     else:
-        logits = _upscaled(head, keys).flatten(2, 3) @ hyper.transpose(-1, -2)
+        logits = hyper @ _upscaled(head, keys).flatten(2, 3).transpose(-1, -2)
     b, p, m = hyper.shape[:3]
-    logits = logits.reshape(b, p, *grid, 2, 2, 2, 2, m)  # row, column, then twice: row, column
-    logits = logits.permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
+    logits = logits.reshape(b, p, m, *grid, 2, 2, 2, 2)  # row, column, then twice: row, column
+    logits = logits.permute(0, 1, 2, 3, 5, 7, 4, 6, 8)
     logits = logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
     for smooth in head.output_upscaling[5:]:
         logits = smooth(logits)
@@ -899,7 +904,7 @@ def propose(
     low = 4 * embedding.features.shape[-1]
     kept = torch.empty(len(xy), low, low, device=sam.device)
     scores = torch.empty(len(xy), device=sam.device)
-    outputs = mask_choice if mask_choice in ("best", "single") else "all"
+    outputs = mask_choice if mask_choice in ("best", "single") else "three"
     with _precision(sam, dtype):
         side = image_side(sam, embedding.features)
 
@@ -911,7 +916,7 @@ def propose(
             logits, iou = decode(
                 sam, embedding.features, part[None, :, None], ones, outputs=outputs, side=side
             )
-        if outputs == "all":
+        if outputs == "three":
             logits, iou = _by_area(logits, iou, mask_choice, embedding, size)
         kept[start : start + batch] = logits[0, :, 0].float()
         scores[start : start + batch] = iou[0, :, 0].float()
@@ -961,7 +966,7 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int], device: tor
 def _by_area(logits, iou, choice, embedding, size):
     """Of the three masks of an ambiguous prompt the smallest, middle or largest."""
     h, w = _region(logits.shape[-1], embedding.input_size, size)
-    area = (logits[:, :, 1:, :h, :w] > 0).flatten(3).sum(-1)
+    area = (logits[..., :h, :w] > 0).flatten(3).sum(-1)
     rank = {"smallest": 0, "middle": 1, "largest": 2}[choice]
-    index = 1 + area.argsort(dim=-1)[..., rank : rank + 1]
+    index = area.argsort(dim=-1)[..., rank : rank + 1]
     return logits.take_along_dim(index[..., None, None], 2), iou.take_along_dim(index, 2)

@@ -295,6 +295,7 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
     )
     np.testing.assert_array_equal(full.points, early.points)
     assert full.asked.all() and (early.asked[:, :8]).all()
+    assert early.asked.sum() < full.asked.sum()
     k = full.points.shape[1]
     asked = early.asked.ravel()
     torch.testing.assert_close(

@@ -45,12 +45,12 @@ def picture():
     return np.random.default_rng(0).integers(0, 255, (70, 113, 3), dtype=np.uint8)
 
 
-def _reference(sam, image, points):
+def _reference(sam, image, points, *, multimask=True):
     predictor = SamPredictor(sam)
     predictor.set_image(image)
     coords = torch.as_tensor(predictor.transform.apply_coords(points, image.shape[:2]))
     return predictor.predict_torch(
-        coords.float()[:, None], torch.ones(len(points), 1), multimask_output=True
+        coords.float()[:, None], torch.ones(len(points), 1), multimask_output=multimask
     )
 
 
@@ -175,7 +175,10 @@ def test_only_the_output_asked_for_is_decoded(random_sam):
         expected = logits.take_along_dim(index[..., None, None], 2)
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(quality, iou.take_along_dim(index, 2), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="none of 'all', 'best', 'single'"):
+    three, quality = decode(random_sam, *given, outputs="three")
+    torch.testing.assert_close(three, logits[:, :, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quality, iou[..., 1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="none of 'all', 'three', 'best', 'single'"):
         decode(random_sam, *given, outputs="worst")
 
 
@@ -254,16 +257,18 @@ def test_memory_is_small_and_flat(repository):
 
 @pytest.mark.parametrize("choice", ["largest", "middle", "smallest", "single"])
 def test_mask_choices(random_sam, picture, choice):
-    points = np.array([[5, 6], [100, 60]])
-    _, _, low = _reference(random_sam, picture, points.astype(float))
+    points = np.random.default_rng(4).integers(0, picture.shape[1::-1], (9, 2))
+    single = choice == "single"
+    _, iou, low = _reference(random_sam, picture, points.astype(float), multimask=not single)
     proposals = propose(random_sam, embed(random_sam, picture), points, mask_choice=choice)
-    if choice == "single":
-        assert proposals.padded.shape == low[:, 0].shape
-        return
     h, w = proposals.logits.shape[1:]
-    area = (low[:, :, :h, :w] > 0).flatten(2).sum(-1).sort(1).values
-    column = {"smallest": 0, "middle": 1, "largest": 2}[choice]
-    torch.testing.assert_close((proposals.logits > 0).flatten(1).sum(1), area[:, column])
+    area = (low[:, :, :h, :w] > 0).flatten(2).sum(-1)
+    assert single or (area.diff(dim=1) != 0).all()  # no ties, so the order is one alone
+    column = {"single": 0, "smallest": 0, "middle": 1, "largest": 2}[choice]
+    chosen = area.argsort(1)[:, column]
+    rows = torch.arange(len(points))
+    torch.testing.assert_close(proposals.padded, low[rows, chosen], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(proposals.iou, iou[rows, chosen].clamp(0, 1), atol=1e-5)
 
 
 def test_logits_cover_the_image_only(random_sam):
