@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
 
 from helpers.crops import Box, crop_boxes, resample, share_out
-from helpers.sam import Embedding, Proposals, check_image, embed, propose
+from helpers.sam import MIN_SIDE, Embedding, Proposals, check_image, embed, propose
 from helpers.segment_table import cut_by_border
 from helpers.superpixels import draw_points, most_superpixels, superpixels
 
@@ -425,7 +425,14 @@ def draw_prompts(
             f"{finest} superpixels, fewer than 16 pixels each in an image "
             f"of {size[0]} x {size[1]}; lower either, or use a larger image."
         )
-    for layer, boxes in enumerate(crop_boxes(size, crop_n_layers)):
+    layers = crop_boxes(size, crop_n_layers)
+    shortest = min(side for x0, y0, x1, y1 in layers[-1] for side in (x1 - x0, y1 - y0))
+    if shortest < MIN_SIDE:
+        raise ValueError(
+            f"crop_n_layers = {crop_n_layers} cuts an image of {size[0]} x {size[1]} into crops "
+            f"of {shortest} pixels, too small to see; ask for fewer layers."
+        )
+    for layer, boxes in enumerate(layers):
         whole = superpixels(image, n_segments * 2**layer, compactness=compactness, sigma=sigma)
         for box, labels in zip(boxes, share_out(whole, boxes), strict=True):
             points = draw_points(labels, n_points, rng=rng)

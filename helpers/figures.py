@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -524,7 +524,7 @@ def embedding(
     points: np.ndarray,
     groups: Mapping[str, Sequence[str]],
     *,
-    pictures: Sequence[np.ndarray] | None = None,
+    pictures: Callable[[int], np.ndarray] | None = None,
     n_pictures: int = 30,
     width: float = WIDTH,
 ) -> Figure:
@@ -536,8 +536,9 @@ def embedding(
         Positions.
     groups : mapping of str to sequence of n str
         ``{title of the panel: group of each point}``.
-    pictures : sequence of n (h, w, 3) uint8 ndarray, optional
-        Shown in a further panel, at points that lie well apart.
+    pictures : callable, optional
+        Number of a point -> (h, w, 3) uint8 ndarray; shown in a further panel, at points that lie
+        well apart, and asked for there alone.
     n_pictures : int
         At most so many of them.
     width : float
@@ -582,7 +583,7 @@ def embedding(
             x, y = points[index]
             half = np.array([span[0], span[1]]) * side / 2
             axis.imshow(
-                pictures[index], extent=(x - half[0], x + half[0], y - half[1], y + half[1]),
+                pictures(index), extent=(x - half[0], x + half[0], y - half[1], y + half[1]),
                 aspect="auto", zorder=2,
             )  # fmt: skip
         axis.set(xlim=limits[0], ylim=limits[1])

@@ -514,6 +514,10 @@ def _region(side: int, input_size: tuple[int, int], image_size: int) -> tuple[in
     return h, w
 
 
+#: Shortest side of an image, in pixels.
+MIN_SIDE = 8
+
+
 def check_image(image: np.ndarray) -> np.ndarray:
     """Return `image` if it is an (H, W, 3) uint8 array, else raise ``ValueError``."""
     image = np.asarray(image)
@@ -522,8 +526,10 @@ def check_image(image: np.ndarray) -> np.ndarray:
             f"image has shape {image.shape} and dtype {image.dtype}; expected (H, W, 3) uint8 in "
             "RGB order. Convert grey or RGBA images with PIL's convert('RGB')."
         )
-    if min(image.shape[:2]) < 8:
-        raise ValueError(f"image of {image.shape[:2]} pixels is too small; both sides need >= 8.")
+    if min(image.shape[:2]) < MIN_SIDE:
+        raise ValueError(
+            f"image of {image.shape[:2]} pixels is too small; both sides need >= {MIN_SIDE}."
+        )
     return image
 
 

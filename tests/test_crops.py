@@ -226,6 +226,8 @@ def test_bad_settings_are_named(small, image):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"asks for 3200 superpixels.*150 x 210; lower either"):
         segment(small, image, rng=rng, n_segments=800, crop_n_layers=2)
+    with pytest.raises(ValueError, match=r"32 x 40 into crops of \d pixels, too small"):
+        segment(small, image[:32, :40], rng=rng, n_segments=2, crop_n_layers=3)
     with pytest.raises(ValueError, match="n_layers = -2"):
         segment(small, image, rng=rng, crop_n_layers=-2)
     with pytest.raises(ValueError, match=r"pred_iou_thresh = 1.5; it must lie in \[0, 1\]"):

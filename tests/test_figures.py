@@ -118,3 +118,19 @@ def test_sweeps_mark_the_chosen_bar_and_share_one_axis():
         assert [bar.get_height() for bar in axis.patches] == list(row.values())
         assert axis.patches[0].get_facecolor() != axis.patches[1].get_facecolor()
     assert len(figure.subfigs) == 2
+
+
+def test_a_map_asks_for_the_pictures_that_it_shows():
+    points, asked = np.random.default_rng(0).normal(size=(400, 2)), []
+
+    def picture(i):
+        asked.append(i)
+        return np.full((4, 6, 3), i % 256, np.uint8)
+
+    groups = {"class": ["a", "b"] * 200, "patient": [f"p{i}" for i in range(400)]}
+    figure = figures.embedding(points, groups, pictures=picture, n_pictures=7)
+    shown = figure.axes[2].get_images()
+    assert len(shown) == len(asked) == 7
+    for i, image in zip(asked, shown, strict=True):
+        left, right, low, high = image.get_extent()
+        np.testing.assert_allclose([(left + right) / 2, (low + high) / 2], points[i])
