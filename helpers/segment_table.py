@@ -50,6 +50,8 @@ COLUMNS = (
 _IMAGE_KEYS = ("image_id", "label", "split", "patient", "site", "dataset")
 #: Share of a segment's outline that may lie on the border of the image before it counts as cut.
 BORDER_SHARE = 0.1
+#: A hole that overlaps another segment by this IoU is a structure of its own.
+HOLE_IOU = 0.5
 #: Format of the files, kept in their ``info``.
 FORMAT = 1
 
@@ -231,6 +233,8 @@ def tidy(segments: Segments) -> Segments:
 
     A mask from a network may come with islands, or miss the lumen of its gland. Islands would be
     pasted along with a segment and spoil its moments; a hole would leave the old lumen in place.
+    A hole that is another segment of the image stays open (:data:`HOLE_IOU`): stroma between
+    glands must not swallow them.
 
     Parameters
     ----------
@@ -245,7 +249,7 @@ def tidy(segments: Segments) -> Segments:
     table, rows = segments.table, rows_by_image(segments.table)
     cleaned = {
         image_id: SimpleNamespace(
-            masks=np.stack([_largest_part(segments.mask(i)) for i in at]),
+            masks=_tidied(np.stack([segments.mask(i) for i in at])),
             scores=table["score"].to_numpy()[at],
             superpixel=table["superpixel"].to_numpy()[at],
         )
@@ -552,15 +556,37 @@ def _rle(segmentation: Any, height: int, width: int) -> dict:
     return {"size": list(segmentation["size"]), "counts": segmentation["counts"].encode("ascii")}
 
 
+def _tidied(masks: np.ndarray) -> np.ndarray:
+    """Largest part of each mask of an image, without the holes that no other mask fills."""
+    area = masks.sum((1, 2))
+    tidied = []
+    for mask in masks:
+        part = _largest_part(mask)
+        filled = _filled(part)
+        n, holes = cv2.connectedComponents((filled & ~part).astype(np.uint8), connectivity=4)
+        for k in range(1, n):
+            hole = holes == k
+            size = hole.sum()
+            like = (area >= HOLE_IOU * size) & (HOLE_IOU * area <= size)  # others cannot reach it
+            both = (masks[like] & hole).sum((1, 2))
+            if (both >= HOLE_IOU * (area[like] + size - both)).any():
+                filled &= ~hole
+        tidied.append(filled)
+    return np.stack(tidied)
+
+
 def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """Largest connected part (4-neighbours) of a mask, holes filled."""
+    """Largest connected part (4-neighbours) of a mask."""
     _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    if len(stats) < 2:
-        return mask
-    part = (parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
-    outlines, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(part, outlines, -1, 1, cv2.FILLED)
-    return part.astype(bool)
+    return parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax() if len(stats) > 1 else mask
+
+
+def _filled(part: np.ndarray) -> np.ndarray:
+    """A connected mask with all of its holes filled."""
+    outlines, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = part.astype(np.uint8)
+    cv2.drawContours(filled, outlines, -1, 1, cv2.FILLED)
+    return filled.astype(bool)
 
 
 def _ascii(counts: bytes | str) -> str:

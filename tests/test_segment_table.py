@@ -225,6 +225,23 @@ def test_tidy_keeps_the_largest_part_without_holes():
     pd.testing.assert_frame_equal(again.table, clean.table)
 
 
+def test_tidy_leaves_holes_open_that_are_segments_of_their_own():
+    """A lumen without a segment is filled; a gland in stroma is not, though only roughly met."""
+    gland, lumen = disc(13, 20, 8), disc(36, 20, 4)
+    stroma = np.ones((H, W), bool) & ~gland & ~lumen
+    rough = disc(14.5, 20, 7)  # IoU of about 0.64 with the hole
+    far = disc(17, 20, 4)  # lies in the hole, and is much smaller
+    assert 0.5 < (rough & gland).sum() / (rough | gland).sum() < 0.8
+    assert (far & gland).sum() / gland.sum() < 0.3
+    for other, expected in ((rough, ~gland), (far, np.ones((H, W), bool))):
+        segments = collect(records(1), {"im0": np.stack([stroma, other])})
+        clean = tidy(segments)
+        np.testing.assert_array_equal(clean.mask(0), expected)
+        np.testing.assert_array_equal(clean.mask(1), other)
+    elsewhere = collect(records(2), {"im0": stroma[None], "im1": gland[None]})
+    assert tidy(elsewhere).mask(0).all()  # segments of another image do not matter
+
+
 def test_tidy_keeps_the_order_of_segments_that_are_not_sorted_by_image(segments):
     rows = np.random.default_rng(0).permutation(len(segments))
     table = segments.table.iloc[rows].reset_index(drop=True)
