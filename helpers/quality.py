@@ -1,8 +1,9 @@
 """Measures of synthetic images: kernel distance of features, hardness and detection of the seam.
 
 A few hundred images are far too few for the Frechet distance, which is biased upwards at small
-samples [1]_; the kernel distance (KID) is unbiased at any size. It is always read beside the
-distance of real images from real images.
+samples [1]_; the kernel distance (KID) is unbiased at any size, if no sample is compared with
+itself: a synthetic image shares pixels with its target and its sources, which `origins` tell. It is
+always read beside the distance of real images from real images.
 
 References
 ----------
@@ -11,12 +12,13 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -74,7 +76,12 @@ def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def mmd2(x: np.ndarray, y: np.ndarray) -> float:
+def mmd2(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    origins: tuple[Sequence[Collection[str]], Sequence[Collection[str]]] | None = None,
+) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy of two samples.
 
     Parameters
@@ -82,17 +89,32 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
     x : (n, d) float ndarray
     y : (m, d) float ndarray
         Features; n, m >= 2.
+    origins : pair of sequences of n and m collections of str, optional
+        Images whose pixels each sample of x and of y shows. Pairs that share one are left out of
+        every mean, since they are alike for another reason than their distribution. By default no
+        two samples share any.
 
     Returns
     -------
     float
         About 0 for samples of one distribution; being unbiased it may be below 0.
+
+    Raises
+    ------
+    ValueError
+        If no pair of unrelated samples is left.
     """
     n, m = len(x), len(y)
-    kxx, kyy, kxy = polynomial_kernel(x, x), polynomial_kernel(y, y), polynomial_kernel(x, y)
-    within_x = (kxx.sum() - np.trace(kxx)) / (n * (n - 1))
-    within_y = (kyy.sum() - np.trace(kyy)) / (m * (m - 1))
-    return float(within_x + within_y - 2 * kxy.mean())
+    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
+    if origins is not None:
+        of_x, of_y = _memberships(*origins, (n, m))
+        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
+            same |= (a @ b.T).toarray() > 0
+    within_x, within_y, across = (
+        _mean_of_others(polynomial_kernel(a, b), same)
+        for (a, b), same in zip(((x, x), (y, y), (x, y)), alike, strict=True)
+    )
+    return within_x + within_y - 2 * across
 
 
 def kid(
@@ -101,6 +123,7 @@ def kid(
     *,
     subset_size: int | None = None,
     n_subsets: int = 50,
+    origins: tuple[Sequence[Collection[str]], Sequence[Collection[str]]] | None = None,
     rng: np.random.Generator,
 ) -> Estimate:
     """Kernel distance between two samples of features, over random subsets.
@@ -115,6 +138,8 @@ def kid(
         side, at most 100, so that subsets differ.
     n_subsets : int
         Number of subsets.
+    origins : pair of sequences of n and m collections of str, optional
+        As for :func:`mmd2`.
     rng : numpy.random.Generator
         Source of the subsets.
 
@@ -133,10 +158,15 @@ def kid(
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}: use one extractor")
     size = _subset_size(subset_size, min(len(x), len(y)), n_subsets)
-    found = [
-        mmd2(x[rng.permutation(len(x))[:size]], y[rng.permutation(len(y))[:size]])
-        for _ in range(n_subsets)
-    ]
+    found = []
+    for _ in range(n_subsets):
+        i, j = (rng.permutation(len(z))[:size] for z in (x, y))
+        related = (
+            None
+            if origins is None
+            else tuple([o[k] for k in at] for o, at in zip(origins, (i, j), strict=True))
+        )
+        found.append(mmd2(x[i], y[j], origins=related))
     return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
 
 
@@ -145,6 +175,7 @@ def kid_floor(
     *,
     subset_size: int | None = None,
     n_subsets: int = 50,
+    origins: Sequence[Collection[str]] | None = None,
     rng: np.random.Generator,
 ) -> Estimate:
     """Kernel distance of real images from other real images: what no method can be asked to beat.
@@ -157,6 +188,8 @@ def kid_floor(
         Features of real images, n >= 4.
     subset_size, n_subsets, rng
         As for :func:`kid`; the default subset is half of the sample, at most 100.
+    origins : sequence of n collections of str, optional
+        Images that each sample shows, as for :func:`mmd2`.
 
     Returns
     -------
@@ -169,7 +202,9 @@ def kid_floor(
     found = []
     for _ in range(n_subsets):
         order = rng.permutation(len(x))
-        found.append(mmd2(x[order[:size]], x[order[size : 2 * size]]))
+        i, j = order[:size], order[size : 2 * size]
+        related = None if origins is None else tuple([origins[k] for k in at] for at in (i, j))
+        found.append(mmd2(x[i], x[j], origins=related))
     return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
 
 
@@ -433,6 +468,30 @@ def _mask(mask, image: np.ndarray) -> np.ndarray:
             f"give {image.shape[:2]} bool, as the image"
         )
     return mask
+
+
+def _memberships(of_x, of_y, sizes: tuple[int, int]) -> tuple[csr_array, csr_array]:
+    """Which sample of x and of y shows which image, (n, images) and (m, images)."""
+    given = len(of_x), len(of_y)
+    if given != sizes:
+        raise ValueError(f"origins of {given} samples for {sizes}: give those of every sample")
+    number = {
+        name: k for k, name in enumerate(sorted({o for each in (*of_x, *of_y) for o in each}))
+    }
+    tables = []
+    for each in (of_x, of_y):
+        pairs = np.array([(i, number[o]) for i, own in enumerate(each) for o in own], int)
+        rows, columns = pairs.reshape(-1, 2).T
+        shape = (len(each), len(number))
+        tables.append(csr_array((np.ones(len(rows), int), (rows, columns)), shape=shape))
+    return tables[0], tables[1]
+
+
+def _mean_of_others(kernel: np.ndarray, alike: np.ndarray) -> float:
+    """Mean of a kernel over the pairs that are not alike."""
+    if alike.all():
+        raise ValueError("every pair of samples shares an image: give samples of more images")
+    return float(kernel[~alike].mean())
 
 
 def _features(x, name: str) -> np.ndarray:

@@ -163,7 +163,7 @@ class Comparison:
     low, high : float
         Percentile confidence interval of the difference.
     p : float
-        Two-sided bootstrap p-value of "no difference".
+        Two-sided p-value of "no difference", from swapping the methods patient by patient.
     n_groups : int
         Patients resampled.
     """
@@ -189,8 +189,11 @@ def paired_bootstrap(
 ) -> Comparison:
     """Compare two methods by resampling patients, keeping predictions for one image together.
 
-    Images of one patient are alike, so patients, not images, are drawn with replacement [1]_; both
-    methods are scored on the same draw.
+    Images of one patient are alike, so patients, not images, are drawn with replacement [1]_, and
+    training seeds with them; both methods are scored on the same draw.
+    The p-value comes from a permutation test [2]_: if the methods are equally good, their
+    predictions for a patient may be swapped. It keeps its level with few patients, where an
+    interval by bootstrap is too narrow: with n of them it is at least 2^(1-n).
 
     Parameters
     ----------
@@ -198,7 +201,7 @@ def paired_bootstrap(
         True classes.
     yhat_a, yhat_b : (n,) or (n_seeds, n) array_like
         Predictions of the two methods; with several training seeds the metric is averaged over
-        them within each bootstrap sample.
+        those drawn. Seed i of one method belongs to seed i of the other.
     groups : (n,) array_like
         Patient of each image.
     labels : int or sequence
@@ -206,7 +209,7 @@ def paired_bootstrap(
     metric : str
         One of :data:`METRICS`.
     n_boot : int
-        Bootstrap samples.
+        Bootstrap samples, and random swaps.
     level : float
         Coverage of the interval, in (0, 1).
     rng : numpy.random.Generator
@@ -221,9 +224,16 @@ def paired_bootstrap(
     ValueError
         For an unknown metric, fewer than two patients, or shapes that do not agree.
 
+    Notes
+    -----
+    Two or three seeds say little about how much trainings differ: with n of them the interval
+    holds (n - 1) / n of that variance, and the p-value none, so that a verdict is one on the
+    trainings at hand.
+
     References
     ----------
     .. [1] A. C. Davison, D. V. Hinkley, "Bootstrap Methods and their Application", 1997, 3.8.
+    .. [2] The same, 4.3.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}: choose one of {', '.join(METRICS)}")
@@ -234,13 +244,14 @@ def paired_bootstrap(
         raise ValueError(f"{len(names)} patient: resampling patients needs at least two")
     a = _by_group(y, yhat_a, index, len(names), labels)
     b = _by_group(y, yhat_b, index, len(names), labels)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
-    sample = _mean_score(b, draws, metric) - _mean_score(a, draws, metric)
-    whole = np.ones((1, len(names)), int)
-    difference = float((_mean_score(b, whole, metric) - _mean_score(a, whole, metric))[0])
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} training seeds: give as many for both methods")
+    patients, seeds = (_draw(n, n_boot, rng) for n in (len(names), len(a)))
+    sample = _difference(a, b, patients, metric, seeds)
     low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
-    tail = 1 + min((sample <= 0).sum(), (sample >= 0).sum())
-    p = min(1.0, 2 * tail / (n_boot + 1))
+    difference = float(_difference(a, b, np.ones((1, len(names)), int), metric)[0])
+    null = _swapped(a, b, rng.integers(0, 2, (n_boot, len(names))), metric)
+    p = (1 + (np.abs(null) >= abs(difference) - 1e-12).sum()) / (n_boot + 1)
     return Comparison(difference, float(low), float(high), float(p), len(names))
 
 
@@ -319,10 +330,25 @@ def _by_group(y, yhat, index: np.ndarray, n_groups: int, labels) -> np.ndarray:
     return counts.reshape(len(yhat), n_groups, n_classes, n_classes)
 
 
-def _mean_score(by_group: np.ndarray, draws: np.ndarray, metric: str) -> np.ndarray:
-    """Metric of each bootstrap sample, averaged over training seeds, (n_boot,)."""
-    matrices = np.einsum("bg,sgij->bsij", draws, by_group, optimize=True)
-    return scores_from_confusion(matrices)[metric].mean(1)
+def _draw(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of n comes in n draws with replacement, (n_boot, n)."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
+
+
+def _difference(
+    a: np.ndarray, b: np.ndarray, draws: np.ndarray, metric: str, seeds: np.ndarray | None = None
+) -> np.ndarray:
+    """Metric of b minus that of a for each draw of patients and of seeds, (n_boot,)."""
+    first, second = (np.einsum("bg,sgij->bsij", draws, x, optimize=True) for x in (a, b))
+    gain = scores_from_confusion(second)[metric] - scores_from_confusion(first)[metric]
+    return gain.mean(1) if seeds is None else np.average(gain, axis=1, weights=seeds)
+
+
+def _swapped(a: np.ndarray, b: np.ndarray, swaps: np.ndarray, metric: str) -> np.ndarray:
+    """The difference when the methods change places for the patients marked, (n_boot,)."""
+    swaps = np.concatenate([1 - swaps, swaps], axis=1)
+    first, second = np.concatenate([a, b], axis=1), np.concatenate([b, a], axis=1)
+    return _difference(first, second, swaps, metric)
 
 
 def _indices(values, name: str, n_classes: int) -> np.ndarray:

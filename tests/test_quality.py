@@ -45,6 +45,49 @@ def test_mmd_is_unbiased_and_symmetric(features):
     assert min(same) < 0
 
 
+def test_pairs_that_share_an_image_do_not_count(features):
+    """Literally, pair by pair; a sample without any origin is related to itself alone."""
+    x, y = features
+    rng = np.random.default_rng(1)
+    of_x = [set(rng.choice(list("abcdefgh"), rng.integers(0, 3))) for _ in x]
+    of_y = [set(rng.choice(list("abcdefgh"), rng.integers(1, 4))) for _ in y]
+
+    def mean(u, v, of_u, of_v):
+        pairs = [
+            (u[i] @ v[j] / u.shape[1] + 1) ** 3
+            for i in range(len(u)) for j in range(len(v))
+            if not of_u[i] & of_v[j] and not (u is v and i == j)
+        ]  # fmt: skip
+        return np.mean(pairs)
+
+    expected = mean(x, x, of_x, of_x) + mean(y, y, of_y, of_y) - 2 * mean(x, y, of_x, of_y)
+    assert quality.mmd2(x, y, origins=(of_x, of_y)) == pytest.approx(expected)
+    own = [[f"x{i}"] for i in range(len(x))], [[f"y{i}"] for i in range(len(y))]
+    assert quality.mmd2(x, y, origins=own) == pytest.approx(quality.mmd2(x, y))
+    with pytest.raises(ValueError, match="every pair of samples shares an image"):
+        quality.mmd2(x, y, origins=([["a"]] * len(x), [["a"]] * len(y)))
+    with pytest.raises(ValueError, match="origins of"):
+        quality.mmd2(x, y, origins=(of_x[:-1], of_y))
+
+
+def test_samples_of_the_same_images_are_no_better_than_samples_of_others():
+    """Copies of real samples, and several samples an image, bias the distance unless left out."""
+    rng = np.random.default_rng(2)
+    plain, aware, floors = [], [], []
+    for _ in range(150):
+        image = rng.normal(size=(12, 6)).repeat(4, axis=0)
+        x = image + 0.3 * rng.normal(size=image.shape)
+        of = [[str(i // 4)] for i in range(48)]
+        chosen = np.arange(16)
+        plain.append(quality.mmd2(x, x[chosen]))
+        aware.append(quality.mmd2(x, x[chosen], origins=(of, of[:16])))
+        floors.append(quality.kid_floor(x, n_subsets=2, origins=of, rng=rng).mean)
+    error = [3 * np.std(v) / np.sqrt(len(v)) for v in (plain, aware, floors)]
+    assert np.mean(plain) > error[0]  # crops of one image count as many
+    assert abs(np.mean(aware)) < error[1]
+    assert abs(np.mean(floors)) < error[2]
+
+
 def test_kid_sees_a_shift_that_the_floor_does_not(features):
     x, y = features
     kid = quality.kid(x, y, rng=np.random.default_rng(0))

@@ -1,5 +1,7 @@
 """Scores against scikit-learn, the bootstrap against a slow literal version and its own promise."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
@@ -56,7 +58,10 @@ def _literal_bootstrap(y, a, b, groups, n_classes, metric, n_boot, rng):
     """Images of drawn patients put side by side, scored by :func:`statistics.scores`."""
     names = np.unique(groups)
     sample = []
-    for counts in rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot):
+    patients, seeds = (
+        rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in (len(names), len(a))
+    )
+    for counts, repeats in zip(patients, seeds, strict=True):
         rows = np.concatenate([
             np.repeat(np.flatnonzero(groups == name), count)
             for name, count in zip(names, counts, strict=True)
@@ -66,7 +71,7 @@ def _literal_bootstrap(y, a, b, groups, n_classes, metric, n_boot, rng):
             - statistics.scores(y[rows], va[rows], n_classes)[metric]
             for va, vb in zip(a, b, strict=True)
         ]
-        sample.append(np.mean(difference))
+        sample.append(np.mean(np.repeat(difference, repeats)))
     return np.quantile(sample, [0.025, 0.975])
 
 
@@ -126,6 +131,64 @@ def test_interval_covers_the_truth_and_resampling_images_would_not():
         by_image += c.low <= 0 <= c.high
     assert 0.88 <= by_patient / trials <= 1.0
     assert by_image / trials < 0.75
+
+
+@pytest.mark.parametrize("metric", statistics.METRICS)
+def test_p_is_that_of_all_swaps(metric):
+    """With five patients there are 32 ways to swap; here they are gone through one by one."""
+    y, a = _predictions(11)
+    b = np.where(np.random.default_rng(12).random(60) < 0.3, y, _predictions(13)[1])
+    a, b = np.stack([a, a[::-1]]), np.stack([b, a])
+    groups = np.arange(60) // 12
+
+    def gain(first, second):
+        both = zip(first, second, strict=True)
+        each = [statistics.scores(y, v, 4)[metric] - statistics.scores(y, u, 4)[metric]
+                for u, v in both]  # fmt: skip
+        return np.mean(each)
+
+    null = []
+    for swap in itertools.product([False, True], repeat=5):
+        at = np.array(swap)[groups]
+        null.append(gain(np.where(at, b, a), np.where(at, a, b)))
+    exact = np.mean(np.abs(null) >= abs(gain(a, b)) - 1e-12)
+    found = statistics.paired_bootstrap(
+        y, a, b, groups, labels=4, metric=metric, n_boot=4000, rng=np.random.default_rng(0)
+    )
+    assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3)
+
+
+@pytest.mark.parametrize("n_groups", [2, 4, 10])
+def test_few_patients_give_few_false_verdicts(n_groups):
+    """Equally good methods; by the tail of the bootstrap 19 of 100 differed with four patients."""
+    rng = np.random.default_rng(14)
+    y, groups = np.zeros(12 * n_groups, int), np.repeat(np.arange(n_groups), 12)
+    false = 0
+    for _ in range(200):
+        ease = rng.random(n_groups)[groups]
+        a, b = ((rng.random(len(y)) > ease).astype(int) for _ in range(2))
+        c = statistics.paired_bootstrap(y, a, b, groups, labels=2, n_boot=300, rng=rng)
+        assert n_groups > 2 or c.p > 0.4
+        false += statistics.verdict(c.difference, c.low, c.high, c.p) != "no difference"
+    assert false <= 18  # 10 expected at most, 18 is the 99 % point of 200 draws at 0.05
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    y = np.zeros(80, int)
+    groups = np.arange(80) // 2
+    wrong = np.arange(80) % 4 == 0
+    a = np.stack([np.zeros(80, int)] * 2)
+    agree = np.stack([wrong, wrong]).astype(int)
+    differ = np.stack([2 * wrong, 0 * wrong]).astype(int)
+    kwargs = dict(labels=3, n_boot=400)
+    one, two = (
+        statistics.paired_bootstrap(y, a, b, groups, rng=np.random.default_rng(1), **kwargs)
+        for b in (agree, differ)
+    )
+    assert one.high < 0 and two.difference == one.difference / 2
+    assert two.high == 0 and two.low < -0.2  # both draws of the good seed, and of the bad one
+    with pytest.raises(ValueError, match="1 and 2 training seeds"):
+        statistics.paired_bootstrap(y, a[0], agree, groups, rng=np.random.default_rng(1), **kwargs)
 
 
 def test_same_predictions_differ_by_nothing():
