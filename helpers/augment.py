@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -189,6 +190,7 @@ def compose_all(
     _positive(n_per_class, "n_per_class")
     labels = list(pool.classes if labels is None else labels)
     ids = {label: _images_of(pool, label) for label in labels}
+    names = _file_names(pool.classes)
     stains: dict[tuple[str, str], Any] = {}
     for label in labels:
         for order in range(n_per_class):
@@ -203,7 +205,7 @@ def compose_all(
                     break
                 except CompositeError as error:
                     skipped.append({"image_id": str(image_id), "reason": str(error)})
-            name = f"{_slug(label)}-{order:04d}"
+            name = f"{names[label]}-{order:04d}"
             yield Piece(name, label, order, composite, tuple(skipped))
 
 
@@ -413,8 +415,19 @@ def _images_of(pool: Pool, label: str) -> list[str]:
     return ids
 
 
-def _slug(label: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in label)
+def _file_names(labels: Sequence[str]) -> dict[str, str]:
+    """Names of classes that are fit for files, and differ; of alike ones all but the first end so.
+
+    Names that differ in upper and lower case alone are alike, as some file systems take them.
+    """
+    used: Counter = Counter()
+    names = {}
+    for label in labels:
+        name = "".join(c if c.isalnum() else "_" for c in label)
+        used[name.lower()] += 1
+        number = used[name.lower()]
+        names[label] = name if number == 1 else f"{name}-{number}"
+    return names
 
 
 def _positive(value: int, name: str) -> None:

@@ -354,7 +354,8 @@ def fit(
     ValueError
         For labels out of range, a class without training image, or shapes that do not agree.
     FloatingPointError
-        If the loss is not finite; the network is left as it was after the last good epoch.
+        If the loss is not finite; the network is left as it was after the best epoch so far, or
+        before the training.
     """
     images, labels = _checked(images, labels, classifier.n_classes, "training")
     absent = sorted(set(range(classifier.n_classes)) - set(labels.tolist()))
@@ -379,7 +380,8 @@ def fit(
     classifier.to(device, memory_format=torch.channels_last)  # faster on CPU and GPU
     optimiser = torch.optim.Adam(classifier.parameters(), lr=high, betas=BETAS, eps=EPSILON)
     state = _resume(checkpoint, classifier, optimiser, seed) or {
-        "epoch": 0, "curve": [], "best": None, "best_epoch": 0, "best_key": (-1.0, 0.0, 0),
+        "epoch": 0, "curve": [], "best": _copy(classifier), "best_epoch": 0,
+        "best_key": (-1.0, 0.0, 0),
     }  # fmt: skip
     batches = _Batches(images, labels, batch_size, seed, transform, batch_transform, device)
     bar = tqdm(
@@ -411,8 +413,7 @@ def fit(
                 state["epoch"] = epoch + 1
                 _keep(checkpoint, classifier, optimiser, seed, state)
     finally:
-        if state["best"] is not None:
-            classifier.load_state_dict(state["best"])
+        classifier.load_state_dict(state["best"])
         classifier.eval()
     return Training(state["curve"], state["best_epoch"], epochs * steps_per_epoch)
 

@@ -189,6 +189,8 @@ def inpaint(
             f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
             "use fill='keep'"
         )
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch}: give at least 1 image at once, or None for all")
     if ramp < 0:
         raise ValueError(f"ramp={ramp}: give 0 or more pixels")
     if context is not None and context < 0:
@@ -201,6 +203,7 @@ def inpaint(
     out, areas = images.copy(), windows(unknown, context, model.multiple)
     todo = [i for i in range(N) if unknown[i].any()]
     seen = {i: images[i] if fill == "keep" else fill_unknown(images[i], unknown[i]) for i in todo}
+    size = batch or max(N, 1)
     for same in _same_size(todo, areas):
 
         def run(part: list[int]) -> None:
@@ -217,7 +220,7 @@ def inpaint(
                 out[i][areas[i]] = picture
                 out[i] = _set_in(seen[i], out[i], unknown[i], ramp)
 
-        _in_batches(run, same, batch or len(same), generators)
+        size = _in_batches(run, same, size, generators)
     return out
 
 
@@ -232,8 +235,8 @@ def _same_size(todo: list[int], areas: Sequence[tuple[slice, slice]]) -> list[li
 def _in_batches(
     run: Callable[[list[int]], None], todo: list[int], size: int,
     generators: Sequence[torch.Generator],
-) -> None:  # fmt: skip
-    """Run batch by batch; when the memory does not suffice, go on with half as many."""
+) -> int:  # fmt: skip
+    """Run batch by batch, with half as many where memory does not suffice; return how many."""
     while todo:
         part = todo[:size]
         states = [generators[i].get_state() for i in part]
@@ -248,6 +251,7 @@ def _in_batches(
                 generators[i].set_state(state)
             continue
         todo = todo[size:]
+    return size
 
 
 def _check(images: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -318,21 +322,28 @@ def noise_strip(
     ----------
     image : (H, W, 3) uint8 ndarray
     unknown : (H, W) bool ndarray
-        All True makes a picture from nothing.
+        Not empty; all True makes a picture from nothing.
     n_shown : int
-        Pictures along the way.
+        Pictures along the way; fewer if there are fewer steps.
     **options
         Arguments of :func:`inpaint`.
 
     Returns
     -------
-    noisy : (n_shown, H, W, 3) uint8 ndarray
-        Decoded z_t.
-    estimates : (n_shown, H, W, 3) uint8 ndarray
+    noisy : (n, h, w, 3) uint8 ndarray
+        Decoded z_t of the window that is repainted: the whole image without `context`.
+    estimates : (n, h, w, 3) uint8 ndarray
         Decoded Tweedie estimates of z_0.
     times : list of int
         t of each.
+
+    Raises
+    ------
+    ValueError
+        If no pixel is unknown, or as :func:`inpaint`.
     """
+    if not np.any(unknown):
+        raise ValueError("unknown is empty: nothing is repainted, so there is no way to show")
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def keep(t: int, z: torch.Tensor, z0: torch.Tensor) -> None:

@@ -168,6 +168,9 @@ _SLACK = 2e-5
 class Sampler:
     """Draws replacements from a pool and remembers how often each was drawn.
 
+    A replacement is of the target's class: features of different classes are scores on different
+    principal components, and cannot be compared.
+
     Parameters
     ----------
     pool : Pool
@@ -175,9 +178,6 @@ class Sampler:
         Leave out all segments of the target's own image. The target itself is never drawn.
     exclude_own_patient : bool
         Leave out all segments of the target's patient, where patients are known.
-    same_class : bool
-        Draw from the target's class. Features of different classes are scores on different
-        principal components, so False is refused for a pool of several classes.
     cut_sources : {"at_border", "refuse", "anywhere"}
         What becomes of segments that the border of their image cuts: they may replace targets that
         as many sides cut, where :func:`helpers.placement.affine_at_border` lays cut side on cut
@@ -195,7 +195,7 @@ class Sampler:
     Raises
     ------
     ValueError
-        If classes cannot be compared or the penalty is negative.
+        If `cut_sources` is unknown or the penalty is negative.
     """
 
     def __init__(
@@ -204,15 +204,9 @@ class Sampler:
         *,
         exclude_own_image: bool = True,
         exclude_own_patient: bool = False,
-        same_class: bool = True,
         cut_sources: str = "at_border",
         penalty: float = 1.0,
     ) -> None:
-        if not same_class and len(pool.classes) > 1:
-            raise ValueError(
-                f"same_class=False, but the pool has the classes {pool.classes}: their features "
-                "are scores on different components and cannot be compared; build one pool a class"
-            )
         if cut_sources not in CUT_SOURCES:
             raise ValueError(
                 f"cut_sources={cut_sources!r} is unknown: use one of {', '.join(CUT_SOURCES)}"

@@ -311,7 +311,7 @@ class LatentDiffusion(nn.Module):
 
 
 def _alphas_cumprod(schedule: Mapping[str, Any]) -> torch.Tensor:
-    T, kind = int(schedule["num_train_timesteps"]), schedule.get("beta_schedule", "linear")
+    T, kind = int(schedule["num_train_timesteps"]), schedule.get("beta_schedule")
     first, last = float(schedule["beta_start"]), float(schedule["beta_end"])
     if kind == "scaled_linear":
         beta = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64) ** 2

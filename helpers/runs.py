@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -36,7 +37,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,6 +71,10 @@ _VERSIONS = (
     "diffusers", "matplotlib", "numpy", "opencv-python-headless", "pandas", "scikit-image",
     "scikit-learn", "scipy", "segment-anything", "timm", "torch", "torchvision",
 )  # fmt: skip
+
+
+#: Lock files of the chapters that this process is at work on.
+_LOCKS: dict[Path, IO[str]] = {}
 
 
 class Failed(RuntimeError):
@@ -408,6 +413,8 @@ class Stage:
         os.replace(self._partial, self._final)
         shutil.rmtree(old, ignore_errors=True)
         self._finished_now = True
+        if held := _LOCKS.pop(self._lock_file, None):
+            held.close()
         return json.loads((self._final / "results.json").read_text(encoding="utf-8"))
 
     # random numbers
@@ -428,6 +435,10 @@ class Stage:
     def _seed(self, key: tuple[Any, ...]) -> np.random.SeedSequence:
         words = [zlib.crc32(str(part).encode()) for part in (self.chapter, *key)]
         return np.random.SeedSequence([self.params.seed, *words])
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.folder / f".{self.chapter}.lock"
 
     @property
     def _partial(self) -> Path:
@@ -460,12 +471,14 @@ class Stage:
         return f"Run it first: python -m helpers.execute --run {self.run} --only {chapter}"
 
     def _open(self) -> None:
-        """Take up half-done work of the same parameters and predecessors, or start afresh."""
+        """Take up half-done work of the same parameters, predecessors and code, or start afresh."""
+        _lock(self._lock_file)
         old = self._final.with_name(f".{self.chapter}.old")
         if old.exists() and not self._final.exists():  # killed between the two moves of finish
             os.replace(old, self._final)
         manifests = [self.folder / need / "manifest.json" for need in NEEDS[self.chapter]]
         state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
+        state += [json.dumps(self._code, sort_keys=True), _source(self.chapter)]
         key = hashlib.sha256("\n".join(state).encode()).hexdigest()
         mark = self._partial / ".key"
         if not (mark.exists() and mark.read_text() == key):
@@ -488,6 +501,27 @@ class Stage:
             "timings": self._timings,
             "peak_memory_gb": peak_memory(),
         }
+
+
+def _lock(path: Path) -> None:
+    """Hold a chapter of a run, until it is finished or this process ends.
+
+    Two processes at work on it would lose each other's files.
+    """
+    if path in _LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise Failed(
+            f"{path.parent.name}: another process, perhaps a notebook that is still open, is at "
+            f"work on chapter {path.stem[1:]} of this run. Wait for it, stop it, or give another "
+            "run."
+        ) from None
+    _LOCKS[path] = stream
 
 
 def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str]:
@@ -530,6 +564,11 @@ def _code(chapter: str) -> dict[str, dict[str, str]]:
     if not notebook(chapter).exists():
         return {"helpers": {}, "weights": {}}
     return {"helpers": closure(chapter), "weights": weights(chapter)}
+
+
+def _source(chapter: str) -> str:
+    """Code of a chapter; empty for one without a notebook."""
+    return code(chapter) if notebook(chapter).exists() else ""
 
 
 def peak_memory() -> float:

@@ -208,7 +208,8 @@ def timesteps(
             )
         return _karras_times(n, np.asarray(alphas_cumprod[:T], float))
     if spacing == "leading":
-        return [min(k * (T // n) + 1, T - 1) for k in reversed(range(n))]
+        first = min(1, T - 1 - (n - 1) * (T // n))  # no room for diffusers' offset if n = T
+        return [k * (T // n) + first for k in reversed(range(n))]
     return [round(T - k * T / n) - 1 for k in range(n)]
 
 
@@ -535,7 +536,7 @@ def inpaint_latents(
     sampling = Sampling(**options)
     if not isinstance(generators, torch.Generator) and len(generators) != len(z_y):
         raise ValueError(f"{len(generators)} generators for {len(z_y)} samples: give one each")
-    a = [float(v) for v in alphas_cumprod.double()] + [1.0]  # a[-1]: no noise
+    a = [*alphas_cumprod.detach().cpu().double().tolist(), 1.0]  # a[-1]: no noise
     times = timesteps(
         sampling.steps, len(a) - 1, spacing=sampling.spacing, strength=sampling.strength,
         alphas_cumprod=a[:-1],

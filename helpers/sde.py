@@ -31,8 +31,8 @@ class VPSDE:
     Parameters
     ----------
     schedule : mapping, optional
-        ``num_train_timesteps``, ``beta_start``, ``beta_end`` of the discrete chain, by default
-        :data:`helpers.latent.LATENT_SCHEDULE`.
+        ``num_train_timesteps``, ``beta_start``, ``beta_end`` of the discrete chain and
+        ``beta_schedule``, "scaled_linear"; by default :data:`helpers.latent.LATENT_SCHEDULE`.
 
     Attributes
     ----------
@@ -44,8 +44,9 @@ class VPSDE:
 
     def __init__(self, schedule: Mapping[str, Any] | None = None) -> None:
         schedule = dict(schedule or LATENT_SCHEDULE)
-        if schedule.get("beta_schedule", "scaled_linear") != "scaled_linear":
-            raise ValueError(f"beta_schedule {schedule['beta_schedule']!r}: use 'scaled_linear'")
+        if schedule.get("beta_schedule") != "scaled_linear":
+            kind = schedule.get("beta_schedule")
+            raise ValueError(f"beta_schedule {kind!r}: use 'scaled_linear'")
         self.N = int(schedule["num_train_timesteps"])
         self._r0 = math.sqrt(float(schedule["beta_start"]))
         self._r1 = math.sqrt(float(schedule["beta_end"]))
@@ -95,10 +96,15 @@ class VPSDE:
         return _like(torch.exp(-0.5 * integral), x) * x, torch.sqrt(-torch.expm1(-integral))
 
     def prior_sampling(
-        self, shape: Sequence[int], *, generator: torch.Generator | None = None
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
     ) -> torch.Tensor:
-        """Noise of the end of time, N(0, 1)."""
-        return torch.randn(tuple(shape), generator=generator)
+        """Noise of the end of time, N(0, 1), drawn on the generator's device."""
+        drawn_on = device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=drawn_on).to(device)
 
     def prior_logp(self, z: torch.Tensor) -> torch.Tensor:
         """Log density of the noise at the end of time, one value a sample."""
@@ -118,7 +124,7 @@ class VPSDE:
         f : (N, ...) Tensor
         G : (N,) Tensor
         """
-        beta = self.discrete_betas[i].to(x.dtype)
+        beta = self.discrete_betas.to(x.device)[i.to(x.device)].to(x.dtype)
         return (_like((1 - beta).sqrt(), x) - 1) * x, beta.sqrt()
 
     def reverse(

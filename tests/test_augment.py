@@ -51,6 +51,21 @@ def _bytes(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_classes_that_differ_in_punctuation_or_case_have_files_of_their_own():
+    names = augment._file_names(["3+4", "3-4", "a b", "A b", "x"])
+    assert names == {"3+4": "3_4", "3-4": "3_4-2", "a b": "a_b", "A b": "A_b-2", "x": "x"}
+    pool, images = toy_pool(n_images=8, classes=("3+4", "3-4"))
+    made = [
+        piece.synthetic_id
+        for label in pool.classes  # class by class, as chapter 06 does
+        for piece in augment.compose_all(
+            pool, Sampler(pool, cut_sources="anywhere"), images.__getitem__, n_per_class=2,
+            rng_of=_rng, labels=[label], area_range=(0.05, 1.0), stain="none",
+        )
+    ]  # fmt: skip
+    assert made == ["3_4-0000", "3_4-0001", "3_4-2-0000", "3_4-2-0001"]
+
+
 # --- traditional, CutOut, MixUp, CutMix -----------------------------------------------------------
 
 

@@ -208,5 +208,9 @@ def test_diverging_training_stops_with_a_message(data):
     def broken(image):
         return torch.full(image.shape, torch.nan)
 
+    classifier = tiny()
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
     with pytest.raises(FloatingPointError, match="lower the rates"):
-        fit(tiny(), data, transform=broken)
+        fit(classifier, data, transform=broken)
+    for key, value in classifier.state_dict().items():  # no epoch was finished
+        torch.testing.assert_close(value, before[key])

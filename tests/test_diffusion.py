@@ -176,6 +176,19 @@ def test_little_memory_halves_the_batch(model, pair, monkeypatch, capsys):
     pieces = inpaint(model, images, unknown, steps=2, generator=2)
     assert np.abs(whole.astype(int) - pieces).max() <= 1
     assert "not enough memory for 3" in capsys.readouterr().out
+    corner, whole = np.zeros_like(unknown), np.ones_like(unknown)
+    corner[:, :4, :4] = True
+    twice, both = np.concatenate([images, images]), np.concatenate([corner, whole])
+    inpaint(model, twice, both, steps=2, generator=2, context=2)  # two sizes of windows
+    assert capsys.readouterr().out.count("not enough memory") == 1
+    with pytest.raises(ValueError, match="batch=-1"):
+        inpaint(model, images, unknown, batch=-1, generator=0)
+
+
+def test_a_strip_needs_something_unknown(model):
+    image = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match="unknown is empty"):
+        noise_strip(model, image, np.zeros((32, 32), bool))
 
 
 def test_windows_hold_the_unknown_and_its_context():

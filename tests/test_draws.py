@@ -279,8 +279,6 @@ def test_nobody_left_is_a_clear_error():
         sampler = Sampler(pool, exclude_own_image=False)
         sampler.draw(0, np.random.default_rng(0), size_range=(90, np.inf))
     assert Sampler(pool, exclude_own_image=False).draw(0, np.random.default_rng(0)) in (1, 2)
-    with pytest.raises(ValueError, match="cannot be compared"):
-        Sampler(pool, same_class=False)
     with pytest.raises(ValueError, match="cut_sources='never' is unknown: use one of at_border"):
         Sampler(pool, cut_sources="never")
     with pytest.raises(ValueError, match="penalty=-1"):

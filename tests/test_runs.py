@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 
@@ -128,6 +129,33 @@ def test_half_done_work_is_found_again_unless_parameters_changed(run_root, sourc
     runs.begin(TISSUE, params(TISSUE)).path("a.txt").write_text("kept")
     assert runs.begin(TISSUE, params(TISSUE)).path("a.txt").read_text() == "kept"
     assert not runs.begin(TISSUE, params(TISSUE, seed=1)).path("a.txt").exists()
+
+
+def test_half_done_work_of_other_code_is_dropped(run_root, source):
+    def half_done():
+        return runs.begin(TISSUE, params(TISSUE)).path("a.txt")
+
+    changes = {
+        "helper": lambda: (source / "helpers" / "other.py").write_text("x = 2\n"),
+        "notebook": lambda: write_notebook(source, TISSUE, "from helpers import other\nx = 3"),
+    }
+    for change in changes.values():
+        half_done().write_text("kept")
+        assert half_done().exists()
+        change()
+        assert not half_done().exists()
+
+
+def test_a_chapter_is_worked_on_by_one_process_at_a_time(run_root, source):
+    path = run_root / "r" / f".{TISSUE}.lock"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as other:  # as another process would
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(runs.Failed, match=r"r: another process.* chapter 00_tissue"):
+            runs.begin(TISSUE, params(TISSUE))
+    finish_tissue()
+    with path.open("w") as other:  # free again when the chapter is finished
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_half_done_work_is_dropped_when_a_predecessor_changed(run_root, source):

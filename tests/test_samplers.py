@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from helpers import samplers
@@ -87,12 +89,19 @@ def test_steps_equal_those_of_diffusers(eta, n):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 25, 333, 500, 1000])
-def test_times_decrease_and_end_low(n):
-    times = timesteps(n, 1000)
-    assert len(times) == n and times[0] == 999 and min(times) >= 0
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "karras"])
+def test_times_decrease_and_end_low(n, spacing):
+    times = timesteps(n, 1000, spacing=spacing, alphas_cumprod=A)
+    assert len(times) == n and min(times) >= 0 and max(times) <= 999
     assert all(a > b for a, b in itertools.pairwise(times))
-    if n in (500,):
-        assert times == timesteps(n, 1000, spacing="leading")
+    assert times[0] == 999 or spacing == "leading"
+
+
+def test_the_preset_paper_walks_the_times_of_the_paper():
+    path = Path(__file__).parents[1] / "notebooks" / "presets" / "paper.yml"
+    preset = yaml.safe_load(path.read_text())
+    times = timesteps(preset["steps"], 1000, spacing=preset["spacing"])
+    assert times == timesteps(500, 1000, spacing="leading") == list(range(999, 0, -2))
 
 
 @pytest.mark.parametrize(("n", "strength"), [(1, 0.3), (8, 0.3), (20, 0.5), (500, 0.5), (7, 1.0)])
