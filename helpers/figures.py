@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.ndimage import binary_dilation
 from skimage.segmentation import find_boundaries
@@ -285,7 +286,8 @@ def lines(
     Parameters
     ----------
     curves : mapping of str to (x, y) or (x, y, error)
-        Equal-length vectors; `error` draws a band of y minus and plus error.
+        Equal-length vectors; `error` draws a band of y minus and plus error. An axis of integers
+        has ticks at integers only.
     xlabel, ylabel : str
         Axis labels, with units.
     logx, logy : bool
@@ -309,10 +311,11 @@ def lines(
             error = np.asarray(curve[2], dtype=float)
             axis.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.18, lw=0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    if logx:
-        axis.set_xscale("log")
-    if logy:
-        axis.set_yscale("log")
+    for k, (side, log) in enumerate(((axis.xaxis, logx), (axis.yaxis, logy))):
+        if log:
+            axis.set(**{f"{'xy'[k]}scale": "log"})
+        elif all(np.asarray(curve[k]).dtype.kind in "iu" for curve in curves.values()):
+            side.set_major_locator(MaxNLocator("auto", integer=True))
     if len(curves) > 4:  # there is hardly a corner that so many leave free
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     elif len(curves) > 1:

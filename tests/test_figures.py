@@ -96,6 +96,15 @@ def test_lines_have_names_bands_and_labels():
     assert axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle()
 
 
+def test_integers_have_ticks_at_integers():
+    curves = {"a": (range(4), [0, 1, 2, 2]), "b": (np.arange(4), np.array([1, 1, 0, 0]))}
+    axis = figures.lines(curves, xlabel="epoch", ylabel="times used").axes[0]
+    for ticks in (axis.get_xticks(), axis.get_yticks()):
+        np.testing.assert_array_equal(ticks, np.round(ticks))
+    axis = figures.lines({"a": ([0.0, 1.0], [0.0, 0.4])}, xlabel="x", ylabel="y").axes[0]
+    assert (axis.get_yticks() != np.round(axis.get_yticks())).any()
+
+
 def test_bars_write_their_values():
     axis = figures.bars({"g": {"a": 0.25, "b": 0.5}, "h": {"a": 1.0}}, ylabel="x").axes[0]
     assert sorted(text.get_text() for text in axis.texts) == ["0.25", "0.50", "1.00"]
