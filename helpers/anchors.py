@@ -18,7 +18,7 @@ from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
 
-from helpers.crops import Box, crop_boxes, resample, share_out
+from helpers.crops import Box, crop_boxes, explained, resample, share_out, without
 from helpers.sam import MIN_SIDE, Embedding, Proposals, check_image, embed, propose
 from helpers.segment_table import cut_by_border
 from helpers.superpixels import draw_points, most_superpixels, superpixels
@@ -267,7 +267,7 @@ class Segmentation:
         Segment is cut by the border of the image, see
         :func:`helpers.segment_table.cut_by_border`.
     n_superpixels : int
-        In all layers.
+        Asked, in all layers.
     n_dropped : dict of str to int
         Superpixels without a segment, by reason: empty (or cut by every crop asked), unsure,
         small, large, duplicate.
@@ -293,7 +293,7 @@ class Prompted:
     Attributes
     ----------
     labels : (h, w) int32 ndarray
-        Superpixels 0 .. n-1; -1 where another crop asks.
+        Superpixels 0 .. n-1; -1 where another crop asks, or nothing has to be asked again.
     points : (n, K, 2) int64 ndarray
         XY of the prompts in the crop.
     proposals : Proposals
@@ -333,6 +333,7 @@ def prompt(
     n_segments: int = 48,
     n_points: int = 3,
     crop_n_layers: int = 2,
+    explained_iou: float = 0.7,
     compactness: float = 40.0,
     sigma: float = 2.0,
     points_per_batch: int | None = None,
@@ -357,6 +358,10 @@ def prompt(
     crop_n_layers : int
         Layers of crops beside the whole image, as in ``SamAutomaticMaskGenerator``; 0 in the
         paper. Layer l has 4**l crops, and each takes the encoder once.
+    explained_iou : float
+        Anchors of coarser layers with a predicted IoU above this explain the superpixels inside
+        them: a crop that cuts such an anchor does not ask these again, see
+        :func:`helpers.crops.explained`. 1 asks all.
     compactness, sigma : float
         Of :func:`helpers.superpixels.superpixels`.
     points_per_batch, mask_choice, dtype
@@ -364,12 +369,12 @@ def prompt(
     early_stop : bool
         Decode the prompts in rounds, and leave a superpixel alone once it is :func:`settled`.
     distance_threshold, linkage, iou_duplicate
-        Of :func:`choose_anchors`; used by early stopping only.
+        Of :func:`choose_anchors`; used by early stopping and for what is explained.
 
     Returns
     -------
     list of Prompted
-        The whole image first, then crop by crop. Crops that have no superpixel are left out.
+        The whole image first, then crop by crop. Crops that have no superpixel to ask are left out.
 
     Raises
     ------
@@ -384,9 +389,19 @@ def prompt(
         "linkage": linkage,
         "iou_duplicate": iou_duplicate,
     }
+    if not 0 <= explained_iou <= 1:
+        raise ValueError(f"explained_iou = {explained_iou}; it must lie in [0, 1].")
     where = {"compactness": compactness, "sigma": sigma, "crop_n_layers": crop_n_layers}
-    prompted = []
+    prompted, at, sure = [], 0, None
     for layer, box, labels, points in draw_prompts(image, n_segments, n_points, rng=rng, **where):
+        if layer > at:
+            at, found = layer, _candidates(prompted, **clustering)
+            sure = found["masks"][(found["index"] >= 0) & (found["iou"] > explained_iou)]
+        if layer and len(sure):
+            spared = explained(labels, box, size, sure)
+            labels, points = without(labels, spared), points[~spared]
+            if not len(points):
+                continue
         embedding = embed(sam, image, box=box, dtype=dtype)
         if early_stop:
             proposals, asked = ask_in_rounds(sam, embedding, points, how=how, **clustering)
@@ -712,7 +727,7 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     rng : numpy.random.Generator
         Draws the prompts.
     **settings
-        Of :func:`prompt` (n_segments, n_points, crop_n_layers, compactness, sigma,
+        Of :func:`prompt` (n_segments, n_points, crop_n_layers, explained_iou, compactness, sigma,
         points_per_batch, mask_choice, dtype, early_stop) and :func:`anchors` (distance_threshold,
         linkage, iou_duplicate, pred_iou_thresh, iou_merge, min_area, max_area).
 

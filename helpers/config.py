@@ -144,6 +144,13 @@ class SuperpixelPrompting(WithDevice):
     crop_n_layers: Annotated[
         int, Field(ge=0, le=3, description="layers of crops, each with twice the superpixels")
     ]
+    explained_iou: Annotated[
+        Fraction,
+        Field(
+            description="predicted IoU of a segment inside which crops too small for it ask no "
+            "further; 1 asks always"
+        ),
+    ]
     sam_checkpoint: Annotated[
         str, Field(min_length=1, description="small, vit_b, vit_l, vit_h, or a file")
     ]

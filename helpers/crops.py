@@ -4,7 +4,8 @@ A network that sees a whole image at once has few pixels for a small structure.
 Segment Anything's own automatic generator therefore asks again on crops, which the network sees
 enlarged; the boxes here are its boxes.
 Layer 0 is the whole image, layer l has 4^l overlapping crops.
-Each superpixel of a layer is asked in one crop only, that whose middle is nearest.
+Each superpixel of a layer is asked in one crop only, that whose middle is nearest; where a segment
+too large for the crop has explained it already, it is not asked again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1; the last two are outside
 #: Overlap of neighbouring crops of layer 1, as a share of the image's short side; half as much in
 #: each further layer. The default of ``SamAutomaticMaskGenerator``.
 OVERLAP = 512 / 1500
+#: Share of a superpixel that has to lie in a segment for the segment to explain it.
+EXPLAINED_SHARE = 0.9
 
 
 def crop_boxes(size: tuple[int, int], n_layers: int) -> list[list[Box]]:
@@ -78,6 +81,53 @@ def share_out(labels: np.ndarray, boxes: list[Box]) -> list[np.ndarray]:
         new = np.where(owner == i, np.cumsum(owner == i) - 1, -1).astype(np.int32)
         parts.append(new[labels[y0:y1, x0:x1]])
     return parts
+
+
+def explained(labels: np.ndarray, box: Box, size: tuple[int, int], masks: np.ndarray) -> np.ndarray:
+    """Which superpixels of a crop lie in a segment that the crop cuts.
+
+    Asked again, they would most often give that segment, which comes back empty from the crop, or
+    a part of it.
+
+    Parameters
+    ----------
+    labels : (h, w) int ndarray
+        Superpixels of the crop, of :func:`share_out`.
+    box : (int, int, int, int)
+        Of the crop.
+    size : (int, int)
+        Height and width of the image.
+    masks : (m, rows, columns) bool ndarray
+        Segments found on coarser layers, at any resolution, covering the whole image.
+
+    Returns
+    -------
+    (n,) bool ndarray
+    """
+    x0, y0, x1, y1 = box
+    n = int(labels.max()) + 1
+    middles = [
+        (np.arange(k) + 0.5) * side / k for k, side in zip(masks.shape[1:], size, strict=True)
+    ]
+    rows, columns = (
+        np.flatnonzero((at >= low) & (at < high))
+        for at, low, high in zip(middles, (y0, x0), (y1, x1), strict=True)
+    )
+    here = labels[middles[0][rows].astype(int) - y0][:, middles[1][columns].astype(int) - x0]
+    windows = masks[:, rows[:, None], columns]
+    edges = windows[:, :, 0], windows[:, 0], windows[:, :, -1], windows[:, -1]
+    cut = np.zeros(len(masks), bool)
+    for edge, inside in zip(edges, inner_edges(box, size), strict=True):
+        cut |= edge.any(1) & inside
+    cells = (here.ravel()[:, None] == np.arange(n)).astype(np.float32)
+    covered = windows[cut].reshape(-1, here.size).astype(np.float32) @ cells
+    return (covered >= EXPLAINED_SHARE * np.maximum(cells.sum(0), 1)).any(0)
+
+
+def without(labels: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    """Superpixels 0 .. n-1 without those that the (n,) bool ndarray `drop` marks, numbered anew."""
+    new = np.where(drop, -1, np.cumsum(~drop) - 1).astype(labels.dtype)
+    return np.where(labels < 0, -1, new[labels])
 
 
 def inner_edges(box: Box, size: tuple[int, int]) -> tuple[bool, bool, bool, bool]:

@@ -36,6 +36,7 @@ __all__ = [
     "polynomial_kernel",
     "seam_detection",
     "seam_score",
+    "stratified",
 ]
 
 #: Weights of red, green and blue in the luminance (Rec. 601).
@@ -206,6 +207,48 @@ def kid_floor(
         related = None if origins is None else tuple([origins[k] for k in at] for at in (i, j))
         found.append(mmd2(x[i], x[j], origins=related))
     return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
+
+
+def stratified(
+    labels: Sequence[str], like: Sequence[str], *, most: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw samples whose classes have the shares that they have among others.
+
+    A distance between real and synthetic images would otherwise hold that of their mixtures.
+
+    Parameters
+    ----------
+    labels : sequence of n str
+        Classes of the samples drawn from.
+    like : sequence of str
+        Classes of the samples to be compared with.
+    most : int
+        Samples at most; fewer where a class has not enough.
+    rng : numpy.random.Generator
+        Source of the draw, without replacement.
+
+    Returns
+    -------
+    (k,) int64 ndarray
+        Which of the n samples, in random order.
+
+    Raises
+    ------
+    ValueError
+        If a class of `like` has no sample.
+    """
+    labels = np.asarray(labels)
+    names, number = np.unique(np.asarray(like), return_counts=True)
+    there = np.array([(labels == name).sum() for name in names])
+    if not (there > 0).all():
+        raise ValueError(f"no sample of class '{names[there == 0][0]}' to compare with")
+    share = number / number.sum()
+    wanted = np.maximum(1, np.floor(min(most, (there / share).min()) * share + 1e-9).astype(int))
+    rows = [
+        rng.choice(np.flatnonzero(labels == name), k, replace=False)
+        for name, k in zip(names, wanted, strict=True)
+    ]
+    return rng.permutation(np.concatenate(rows))
 
 
 # --- the seam ------------------------------------------------------------------------------------

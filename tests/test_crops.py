@@ -6,8 +6,8 @@ import torch
 from segment_anything import SamPredictor
 
 from helpers import phantom
-from helpers.anchors import anchors, identity_vectors, iou_matrix, prompt, segment
-from helpers.crops import crop_boxes, inner_edges, resample, share_out
+from helpers.anchors import anchors, best_iou, identity_vectors, iou_matrix, prompt, segment
+from helpers.crops import crop_boxes, explained, inner_edges, resample, share_out, without
 from helpers.sam import embed, load_sam, propose
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor
@@ -128,7 +128,9 @@ def test_masks_that_a_crop_cuts_come_back_empty(small, image):
 def test_the_whole_image_is_asked_as_without_crops(small, image):
     settings = {"n_segments": 8, "n_points": 3}
     alone = prompt(small, image, rng=np.random.default_rng(0), crop_n_layers=0, **settings)
-    both = prompt(small, image, rng=np.random.default_rng(0), crop_n_layers=1, **settings)
+    both = prompt(
+        small, image, rng=np.random.default_rng(0), crop_n_layers=1, explained_iou=1, **settings
+    )
     assert len(alone) == 1 and [c.layer for c in both] == [0, 1, 1, 1, 1]
     np.testing.assert_array_equal(alone[0].points, both[0].points)
     assert torch.equal(alone[0].proposals.padded, both[0].proposals.padded)
@@ -142,8 +144,9 @@ def test_the_whole_image_is_asked_as_without_crops(small, image):
 def test_anchors_of_crops_are_those_of_the_literal_form(small, image):
     """One ``SamPredictor`` a crop, one ``predict`` a point, clusters of full masks, loops."""
     crops = prompt(
-        small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3, mask_choice="best"
-    )
+        small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3, mask_choice="best",
+        explained_iou=1,
+    )  # fmt: skip
     found = anchors(crops, pred_iou_thresh=0, min_area=0.0, iou_merge=1.0)
     literal, predictor = [], SamPredictor(small)
     for crop in crops:
@@ -222,12 +225,76 @@ def test_segments_of_crops_are_complete_and_repeatable(small, image, early_stop)
     assert overlap.max() < 0.6  # 0.5 on the raster of low resolution
 
 
+def test_superpixels_in_a_segment_that_the_crop_cuts_are_explained():
+    """Pixel by pixel: on a raster of a pixel a cell, and on one of half as many."""
+    rng = np.random.default_rng(5)
+    size, box = (40, 60), (12, 0, 44, 28)
+    whole = np.kron(np.arange(60).reshape(6, 10), np.ones((7, 6), int))[:40, :60]
+    labels = share_out(whole, [box])[0]
+    masks = np.zeros((6, *size), bool)
+    masks[0, 4:25, 20:40] = True  # inside the crop: not cut by it
+    masks[1, 0:25, 20:40] = True  # reaches an edge, but that of the image
+    masks[2, 4:25, 20:50] = True  # cut at the right
+    masks[3, 10:36, 12:20] = True  # cut at the left and at the bottom
+    masks[4] = rng.random(size) < 0.5  # cut, but covers half of everything
+    expected = np.zeros(labels.max() + 1, bool)
+    for mask in masks[2:]:
+        for i in range(len(expected)):
+            at = np.zeros(size, bool)
+            at[:28, 12:44] = labels == i
+            expected[i] |= mask[at].mean() >= 0.9
+    found = explained(labels, box, size, masks)
+    assert 0 < expected.sum() < len(expected) - 4
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(explained(labels, box, size, masks[:2]), False)
+    np.testing.assert_array_equal(explained(labels, box, size, masks[:0]), False)
+    coarse = explained(labels, box, size, masks[:, ::2, ::2])
+    assert (coarse == expected).mean() > 0.9
+    left = without(labels, expected)
+    for new, old in enumerate(np.flatnonzero(~expected)):
+        np.testing.assert_array_equal(left == new, labels == old)
+    assert left.max() == (~expected).sum() - 1
+    np.testing.assert_array_equal(
+        left < 0, (labels < 0) | np.isin(labels, np.flatnonzero(expected))
+    )
+
+
+def test_what_is_explained_is_not_asked_again(small):
+    """A large gland is not asked for in crops that cut it; what is asked is asked as before."""
+    scene = phantom.render(3, seed=5, grade="benign", size=(160, 160), microns_per_pixel=0.5)
+    settings = {"n_segments": 16, "n_points": 3}
+    every, some = (
+        prompt(small, scene.image, rng=np.random.default_rng(0), explained_iou=iou, **settings)
+        for iou in (1, 0.7)
+    )
+    asked = [{tuple(map(tuple, p)) for p in crop.points + crop.box[:2]} for crop in every]
+    of_box = dict(zip((crop.box for crop in every), zip(every, asked, strict=True), strict=True))
+    n = [sum(len(crop.points) for crop in crops) for crops in (every, some)]
+    assert n[1] < 0.8 * n[0] and len(some[0].points) == len(every[0].points)
+    for crop in some:
+        before, points = of_box[crop.box]
+        assert {tuple(map(tuple, p)) for p in crop.points + crop.box[:2]} <= points
+        rows = [np.flatnonzero((before.points == p).all((1, 2)))[0] for p in crop.points]
+        k = crop.points.shape[1]
+        old = before.proposals.padded.unflatten(0, (-1, k))[rows]
+        torch.testing.assert_close(
+            crop.proposals.padded.unflatten(0, (-1, k)), old, rtol=1e-3, atol=1e-3
+        )
+        x, y = crop.points[..., 0], crop.points[..., 1]
+        assert (crop.labels[y, x] == np.arange(len(crop.points))[:, None]).all()
+    truth = scene.glands
+    both = [best_iou(anchors(crops).masks, truth, min_area=0.01) for crops in (every, some)]
+    assert both[1].mean() > both[0].mean() - 0.02
+
+
 def test_bad_settings_are_named(small, image):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"asks for 3200 superpixels.*150 x 210; lower either"):
         segment(small, image, rng=rng, n_segments=800, crop_n_layers=2)
     with pytest.raises(ValueError, match=r"32 x 40 into crops of \d pixels, too small"):
         segment(small, image[:32, :40], rng=rng, n_segments=2, crop_n_layers=3)
+    with pytest.raises(ValueError, match=r"explained_iou = 2; it must lie in \[0, 1\]"):
+        segment(small, image, rng=rng, explained_iou=2)
     with pytest.raises(ValueError, match="n_layers = -2"):
         segment(small, image, rng=rng, crop_n_layers=-2)
     with pytest.raises(ValueError, match=r"pred_iou_thresh = 1.5; it must lie in \[0, 1\]"):

@@ -88,6 +88,18 @@ def test_samples_of_the_same_images_are_no_better_than_samples_of_others():
     assert abs(np.mean(floors)) < error[2]
 
 
+def test_real_samples_are_drawn_in_the_mixture_of_the_others():
+    labels, like = ["a"] * 40 + ["b"] * 90 + ["c"] * 7, ["b"] * 3 + ["a"] * 6
+    rows = quality.stratified(labels, like, most=1000, rng=np.random.default_rng(0))
+    found = np.array(labels)[rows]
+    assert [(found == name).sum() for name in "abc"] == [40, 20, 0]  # all of a, half as many of b
+    assert len(set(rows.tolist())) == 60
+    few = quality.stratified(labels, like, most=9, rng=np.random.default_rng(0))
+    assert sorted(np.array(labels)[few].tolist()) == ["a"] * 6 + ["b"] * 3
+    with pytest.raises(ValueError, match="no sample of class 'd'"):
+        quality.stratified(labels, ["d"], most=9, rng=np.random.default_rng(0))
+
+
 def test_kid_sees_a_shift_that_the_floor_does_not(features):
     x, y = features
     kid = quality.kid(x, y, rng=np.random.default_rng(0))
