@@ -21,7 +21,7 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1; the last two are outside
 #: each further layer. The default of ``SamAutomaticMaskGenerator``.
 OVERLAP = 512 / 1500
 #: Share of a superpixel that has to lie in a segment for the segment to explain it.
-EXPLAINED_SHARE = 0.9
+EXPLAINED_SHARE = 0.95
 
 
 def crop_boxes(size: tuple[int, int], n_layers: int) -> list[list[Box]]:

@@ -28,11 +28,13 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
 
     asked = prompted()
     masks = anchors.anchors(asked).masks
-    n, n_prompts = max(1, len(masks)), sum(len(crop.proposals) for crop in asked)
+    n, n_superpixels = max(1, len(masks)), sum(len(crop.points) for crop in asked)
+    n_prompts = sum(len(crop.proposals) for crop in asked)
     yield "anchors", masks
     yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
+    yield "  every superpixel asked", anchors.anchors(prompted(explained_iou=1)).masks
     yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
-    most = min(7 * 48, most_superpixels(image.shape[:2]))  # as many as in all three layers
+    most = min(n_superpixels, most_superpixels(image.shape[:2]))
     whole = prompted(crop_n_layers=0, n_segments=most)
     yield "  no crops, as many prompts", anchors.anchors(whole).masks
     paper = prompted(crop_n_layers=0, n_segments=30, n_points=15)
