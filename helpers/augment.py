@@ -358,11 +358,21 @@ def _finished(folder: Path, piece: Piece, recipe: str) -> dict[str, Any] | None:
     """Record of a finished image of the same recipe and composite, or None."""
     paths = [folder / kind / f"{piece.synthetic_id}.png" for kind in ("images", "pasted")]
     record = folder / "provenance" / f"{piece.synthetic_id}.json"
-    if not record.exists() or not all(path.exists() for path in paths):
+    if not record.exists() or not all(_whole(path) for path in paths):
         return None
     value = json.loads(record.read_text(encoding="utf-8"))
     same = value["recipe"] == recipe and value["composite"] == _composite_digest(piece.composite)
     return value if same else None
+
+
+def _whole(path: Path) -> bool:
+    """Whether a picture is there, and not cut short."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except OSError:
+        return False
+    return True
 
 
 def _write(

@@ -49,7 +49,6 @@ def _as_tuple(value: Any) -> Any:
 
 #: Lists in the parameters cell are stored as tuples, so that a configuration is immutable.
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 Positive = Annotated[int, Field(ge=1)]
 Counts = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
@@ -364,7 +363,11 @@ class Synthesis(WithDevice):
 class ClassifierEvaluation(WithDevice):
     """07 classifier evaluation."""
 
-    classifiers: Annotated[Names, Field(description="networks compared")]
+    classifiers: Annotated[
+        tuple[Literal["lite0", "efficientnet_b0", "resnet50", "densenet121", "ctranspath"], ...],
+        BeforeValidator(_as_tuple),
+        Field(min_length=1, description="networks compared"),
+    ]
     conditions: Annotated[
         tuple[Literal["real", "cutout", "mixup", "cutmix", "pasted", "ours"], ...],
         BeforeValidator(_as_tuple),

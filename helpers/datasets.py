@@ -8,6 +8,7 @@ Splits never share a patient.
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 import zipfile
@@ -31,6 +32,7 @@ SPLITS = ("train", "val", "test", "test2")
 COLUMNS = ("image_id", "label", "split", "patient", "site", "dataset", "height", "width")
 #: Of ``pandas.read_csv``: an empty field is missing, but a class may be called NA or None.
 _ONLY_EMPTY = {"keep_default_na": False, "na_values": [""]}
+_CSV_COLUMNS = ("path", "label", "patient", "split", "site", "mask")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 #: Smallest short side of an image file that is accepted, in pixels.
@@ -126,6 +128,12 @@ class Dataset:
         clash = set(self._image) & set(other._image)
         if clash:
             raise ValueError(f"both sets have images named {sorted(clash)[:3]}: rename one of them")
+        shared = sorted(set(self.classes) & set(other.classes))
+        if shared:
+            raise ValueError(
+                f"class {shared[0]!r} is in {self.name} and in its companion {other.name}: rename "
+                "it, or do without the companion (companion null)"
+            )
         return Dataset(
             self.name,
             self.classes,
@@ -287,6 +295,7 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
     """Read an instance label map that lies over an image, in the same geometry.
 
     A map with a single value beside 0 is a binary mask: its connected parts are the instances.
+    Negative numbers mean no instance; those beyond 16 bits are numbered anew.
     """
     try:
         with Image.open(path) as picture:
@@ -300,13 +309,16 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
             f"label map {path} has shape {labels.shape}, but the image {image_path.name} needs "
             f"{size[::-1]}: one channel, one number a gland, same size as the image."
         )
-    if len(np.unique(labels[labels > 0])) == 1:
+    numbers = np.unique(labels[labels > 0])
+    if len(numbers) == 1:
         labels = measure.label(labels > 0, connectivity=1)
+    elif len(numbers) and numbers[-1] > np.iinfo(np.uint16).max:  # as they are filed
+        labels = np.where(labels > 0, np.searchsorted(numbers, labels) + 1, 0)
     left, top, right, bottom = _centre_box(*size)
     step = (np.arange(image_size) + 0.5) / image_size
     rows = np.minimum((top + step * (bottom - top)).astype(int), size[1] - 1)
     columns = np.minimum((left + step * (right - left)).astype(int), size[0] - 1)
-    return labels[rows[:, None], columns[None]].astype(np.int32)
+    return np.maximum(labels[rows[:, None], columns[None]].astype(np.int32), 0)
 
 
 def _centre_box(width: int, height: int) -> tuple[float, float, float, float]:
@@ -449,7 +461,14 @@ def _from_files(
     if "split" not in table:
         table["split"] = split_by_patient(table["label"], table["patient"], rng=rng)
     _check_splits(name, classes, table)
+    whole = len(table)
     table = _subset(table, limits, rng).reset_index(drop=True)
+    if len(table) < whole:
+        warnings.warn(
+            f"{name}: {len(table)} of {whole} images are used; train_per_class, val_per_class, "
+            "test_per_class and test2_per_class of chapter 00 limit them, null takes all",
+            stacklevel=4,
+        )
     small = 0
     for path in table["path"]:
         with _open(Path(path)) as picture:
@@ -623,7 +642,7 @@ def _load_folder(root, image_size, seed, limits):
         folder = root.parent
     else:
         folder = root
-        tables = sorted(root.glob("*.csv"))
+        tables = sorted(path for path in root.iterdir() if path.suffix.lower() == ".csv")
         if len(tables) > 1:
             names = ", ".join(p.name for p in tables)
             raise ValueError(
@@ -644,7 +663,7 @@ def _class_order(folder: Path, found: list[str]) -> tuple[str, ...]:
     if not path.exists():
         return tuple(found)
     wanted = [
-        line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
     ]
     if sorted(wanted) != sorted(found):
         raise ValueError(
@@ -688,7 +707,14 @@ def _read_csv(path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{path} has no rows: add one line an image.")
-    table = table[[c for c in ("path", "label", "patient", "split", "site", "mask") if c in table]]
+    for column in (c for c in table if c not in _CSV_COLUMNS):
+        meant = difflib.get_close_matches(column.lower(), _CSV_COLUMNS, n=1, cutoff=0.75)
+        if meant and meant[0] not in table:
+            raise ValueError(
+                f"{path} has a column {column!r}, which means nothing here: name it {meant[0]!r}, "
+                "or something less alike if it is not meant"
+            )
+    table = table[[c for c in _CSV_COLUMNS if c in table]]
     table = table.apply(lambda column: column.str.strip())
     for column in ("path", "label", *(c for c in ("split", "patient") if c in table)):
         hole = table[column].isna() | (table[column] == "")

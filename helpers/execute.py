@@ -21,6 +21,7 @@ import difflib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -310,6 +311,10 @@ def _status(chapter: str, why: str) -> Iterator[_Status]:
 # --- command line --------------------------------------------------------------------------------
 
 
+#: Options that say which data a run is made from.
+_DATA = ("dataset", "data_root")
+
+
 def chapter_named(text: str) -> str:
     """Full name of a chapter from its name or its number, e.g. ``05`` or ``A1``.
 
@@ -352,7 +357,12 @@ def resolve(
     """Run name, parameters, chapters and what to remember of a command line.
 
     With ``--run`` of an existing run and no ``--preset``, the run's own preset and options are
-    taken up again.
+    taken up again; with a preset, its data set is.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is wrong, or the run was made from other data and ``--force`` is not given.
     """
     options = {name: yaml.safe_load(value) for name, value in arguments.p}
     if arguments.dataset:
@@ -361,15 +371,20 @@ def resolve(
         options["data_root"] = arguments.data_root
     name, run = arguments.preset, arguments.run or options.pop("run", None)
     record = runs.root() / run / "run.json" if run else None
-    if name is None and record is not None and record.exists():
-        old = json.loads(record.read_text(encoding="utf-8"))
+    old = json.loads(record.read_text(encoding="utf-8")) if record and record.exists() else None
+    if old and name is None:
         name, options = old["preset"], {**old["options"], **options}
+    elif old:
+        kept = {key: old["options"][key] for key in _DATA if key in old["options"]}
+        options = {**kept, **options}
     name = name or "tutorial"
     given = {**preset(name), **options}
     if given.get("data_root"):
         given["data_root"] = str(_existing(given["data_root"]))
         if "data_root" in options:
             options["data_root"] = given["data_root"]
+    if old and not arguments.force:
+        _same_data(run, old, given)
     run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
     chapters = [chapter_named(text) for text in arguments.only or ()]
     if arguments.start:
@@ -379,6 +394,16 @@ def resolve(
     given["run"] = run
     settings(ordered, given)
     return run, given, ordered, {"preset": name, "options": options}
+
+
+def _same_data(run: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    before = {**preset(old["preset"]), **old["options"]}
+    was, now = (f"{v.get('dataset') or 'phantom'}, {v.get('data_root')}" for v in (before, given))
+    if was != now:
+        raise ValueError(
+            f"run {run!r} was made from other data ({was}) than are given now ({now}): give "
+            "another --run, or --force to replace what it holds"
+        )
 
 
 def _existing(folder: str) -> Path:
@@ -404,6 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.parameters:
         _list_parameters()
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped like by Ctrl-C
     try:
         run, given, chapters, record = resolve(parsed)
         note = runs.root() / run / "run.json"

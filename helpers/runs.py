@@ -405,7 +405,9 @@ class Stage:
             The results as written.
         """
         dump(self._partial / "results.json", results)
-        dump(self._partial / "manifest.json", self._manifest())
+        written = (p for p in sorted(self._partial.iterdir()) if p.name != ".key")
+        outputs = {path.name: _hashes.any(path) for path in written}
+        dump(self._partial / "manifest.json", self._manifest() | {"outputs": outputs})
         (self._partial / ".key").unlink(missing_ok=True)
         old = self._final.with_name(f".{self.chapter}.old")
         if self._final.exists():
@@ -527,7 +529,8 @@ def _lock(path: Path) -> None:
 def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str]:
     """Whether a chapter of a run would give again what it has given, and if not, why.
 
-    Compares parameters, helper code, weights, and every input that the chapter read, by hash.
+    Compares parameters, helper code, weights, every input that the chapter read, and what it
+    wrote, by hash.
 
     Returns
     -------
@@ -556,6 +559,9 @@ def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str
     for name, digest in manifest["inputs"].items():
         if _hashes.any(folder / name) != digest:
             return False, f"input changed: {name}"
+    for name, digest in manifest.get("outputs", {}).items():
+        if _hashes.any(folder / chapter / name) != digest:
+            return False, f"damaged or missing: {name}"
     return True, "up to date"
 
 
@@ -580,8 +586,14 @@ def peak_memory() -> float:
 
 
 def _data(params: config.Common) -> str | None:
+    """Hash of what a chapter takes from outside: the data folder, and checkpoints given by path."""
     folder = getattr(params, "data_root", None)
-    return _listing(Path(folder)) if folder and Path(folder).is_dir() else None
+    found = [_listing(Path(folder))] if folder and Path(folder).is_dir() else []
+    for name in ("sam_checkpoint", "latent_checkpoint", "extractor_path"):
+        path = getattr(params, name, None)
+        if path and Path(path).exists():
+            found.append(_hashes.any(Path(path)))
+    return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,9 @@
 import types
+import typing
 
 import pytest
 
-from helpers import config
+from helpers import classify, config
 from helpers.seam import BLEND_REACH
 
 GOOD = {
@@ -132,6 +133,11 @@ def test_every_name_belongs_to_one_chapter():
             owners.setdefault(name, []).append(chapter)
     shared = {n: c for n, c in owners.items() if len(c) > 1 and n not in config.COMMON}
     assert not shared, f"shared between chapters: {shared}"
+
+
+def test_classifiers_are_those_that_can_be_built():
+    field = config.CHAPTERS["07_classifier_evaluation"].model_fields["classifiers"]
+    assert typing.get_args(typing.get_args(field.annotation)[0]) == classify.NAMES
 
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)

@@ -1,5 +1,6 @@
 """Data sets: records, pixels, splits without leaks, and errors that name what is wrong."""
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -181,6 +182,41 @@ def test_folder_of_splits(tmp_path):
             save(tmp_path / split / label / "1.tif", seed=len(split + label))
     data = datasets.load("folder", root=tmp_path, image_size=32)
     assert data.counts().loc["x", ["train", "test"]].tolist() == [1, 1]
+
+
+def test_columns_that_are_meant_otherwise_are_named(tmp_path):
+    save(tmp_path / "1.png")
+    for column, meant in (("patient_id", "patient"), ("Patient", "patient"), ("spilt", "split")):
+        write_csv(tmp_path, [("1.png", "a", "train")], ["path", "label", column])
+        with pytest.raises(ValueError, match=f"column '{column}'.* name it '{meant}'"):
+            datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("1.png", "a", "x", "y")], ["path", "label", "notes", "stage"])
+    (tmp_path / "images.csv").rename(tmp_path / "IMAGES.CSV")
+    assert datasets.load("folder", root=tmp_path, image_size=32).classes == ("a",)
+
+
+def test_images_left_out_are_counted(folder):
+    with pytest.warns(UserWarning, match=r"folder: 10 of 20 images are used.*null takes all"):
+        data = datasets.load("folder", root=folder, image_size=32, per_class={"train": 1})
+    assert len(data.records) == 10
+
+
+def test_gland_numbers_beyond_16_bits_and_below_zero(tmp_path):
+    save(tmp_path / "1.png")
+    mask = np.zeros((40, 48), np.int32)
+    mask[:10], mask[10:20], mask[20:30], mask[30:35] = 70001, 135537, 65536, -1
+    Image.fromarray(mask).save(tmp_path / "m.tif")
+    write_csv(tmp_path, [("1.png", "a", "m.tif")], ["path", "label", "mask"])
+    data = datasets.load("folder", root=tmp_path, image_size=40)
+    labels = data.instances(data.records["image_id"][0])
+    assert [labels[y, 20] for y in (5, 15, 25, 32, 38)] == [2, 3, 1, 0, 0]
+
+
+def test_a_companion_of_the_same_class_is_refused(folder):
+    data = datasets.load("folder", root=folder, image_size=32)
+    other = dataclasses.replace(data, name="ihc", _image={}, _instances={})
+    with pytest.raises(ValueError, match="class 'benign' is in folder and in its companion ihc"):
+        data.with_companion(other)
 
 
 def test_classes_and_patients_may_be_called_na(tmp_path):

@@ -169,6 +169,23 @@ def test_mistakes_on_the_command_line(arguments, said, run_root, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_run_keeps_its_data_set_with_and_without_a_preset(run_root, tmp_path):
+    data = tmp_path / "mine"
+    data.mkdir()
+    options = {"dataset": "folder", "data_root": str(data)}
+    runs.dump(runs.root() / "own" / "run.json", {"preset": "smoke", "options": options})
+
+    def resolved(*arguments):
+        return execute.resolve(execute._parse(["--run", "own", *arguments]))
+
+    for arguments in ((), ("--preset", "smoke"), ("--preset", "tutorial", "-p", "steps", "5")):
+        _, given, _, record = resolved(*arguments)
+        assert options.items() <= given.items() and options.items() <= record["options"].items()
+    with pytest.raises(ValueError, match=r"made from other data \(folder, .*\) .*--force"):
+        resolved("--dataset", "phantom")
+    assert resolved("--dataset", "phantom", "--force")[1]["dataset"] == "phantom"
+
+
 def test_chapters_are_found_by_number_and_name():
     assert execute.chapter_named("05") == "05_sde_mcg_inpainting"
     assert execute.chapter_named("a1") == "A1_training_sam"

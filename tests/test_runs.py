@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -245,6 +246,29 @@ def test_the_same_work_gives_the_same_bytes(run_root, source):
 
 
 # --- what is out of date
+
+
+def test_what_was_damaged_or_lost_is_found(run_root, source):
+    finish_tissue()
+    folder = run_root / "r" / TISSUE
+    assert runs.up_to_date("r", TISSUE, params(TISSUE)) == (True, "up to date")
+    whole = (folder / "images" / "007.png").read_bytes()
+    (folder / "images" / "007.png").write_bytes(whole[:20])
+    assert runs.up_to_date("r", TISSUE, params(TISSUE)) == (False, "damaged or missing: images")
+    (folder / "images" / "007.png").write_bytes(whole)
+    (folder / "images.csv").unlink()
+    assert runs.up_to_date("r", TISSUE, params(TISSUE)) == (False, "damaged or missing: images.csv")
+
+
+def test_a_checkpoint_given_by_path_is_part_of_the_data(tmp_path):
+    file = tmp_path / "w.safetensors"
+    given = SimpleNamespace(sam_checkpoint=str(file), data_root=None)
+    assert runs._data(given) is None and runs._data(SimpleNamespace(sam_checkpoint="small")) is None
+    found = set()
+    for content in (b"1", b"22"):
+        file.write_bytes(content)
+        found.add(runs._data(given))
+    assert len(found) == 2 and None not in found
 
 
 def test_closure_follows_imports_inside_functions(source):
