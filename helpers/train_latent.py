@@ -12,6 +12,8 @@ import argparse
 import copy
 import hashlib
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -240,13 +242,13 @@ class AutoencoderTrainer(Trainer):
             score_autoencoder(self.latent_diffusion(), self.test) if self.test is not None else {}
         )
 
-    def export(self, path: Path, command: str) -> None:
+    def export(self, path: Path, command: str, images: Path | None = None) -> None:
         """Write weights, curve and model card."""
         self.latent_diffusion()
         model = {"image_patch": self.recipe.image_patch, "shift": self.shift, "scale": self.scale}
         save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
         self.write_log(path)
-        _write_card(self, path, command)
+        _write_card(self, path, command, images)
 
 
 class Discriminator(nn.Module):
@@ -439,7 +441,7 @@ class DecoderTrainer(Trainer):
             return {}
         return score_autoencoder(self.latent_diffusion(), self.test)
 
-    def export(self, path: Path, command: str) -> None:
+    def export(self, path: Path, command: str, images: Path | None = None) -> None:
         """Write the first stage with the new decoder, curve and model card."""
         model = self.latent_diffusion()
         config = model.autoencoder.config
@@ -454,7 +456,7 @@ class DecoderTrainer(Trainer):
             path, "autoencoder", model.autoencoder.state_dict(), {"build": build, "model": scales}
         )
         self.write_log(Path(path).with_name("decoder.json"))
-        _add_to_card(self, Path(path), command)
+        _add_to_card(self, Path(path), command, images)
 
 
 class UNetTrainer(Trainer):
@@ -537,11 +539,11 @@ class UNetTrainer(Trainer):
                             generator=generator)  # fmt: skip
         return {"held_out_loss": float(loss.mean())}
 
-    def export(self, path: Path, command: str) -> None:
+    def export(self, path: Path, command: str, images: Path | None = None) -> None:
         """Write weights, curve and model card."""
         save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
         self.write_log(path)
-        _write_card(self, path, command)
+        _write_card(self, path, command, images)
 
 
 def encode_scenes(
@@ -600,7 +602,7 @@ def _roughness(image: np.ndarray) -> float:
     return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
-def _write_card(trainer: Trainer, path: Path, command: str) -> None:
+def _write_card(trainer: Trainer, path: Path, command: str, images: Path | None) -> None:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.last
     parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
@@ -631,6 +633,13 @@ def _write_card(trainer: Trainer, path: Path, command: str) -> None:
         batch = f"{r.batch} latents of 256 px images"
         score = f"denoising loss (v) {last.get('held_out_loss', 0):.4f} on 48"
     score += " phantoms of other seeds and patients, both sites, one in six IHC"
+    data, licence = f"the images of {images}", "that of the images, as far as it covers weights"
+    if images is None:
+        licence = "MIT, as the code of this repository"
+        data = (
+            f"{r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a "
+            f"quarter IHC) and {seen}; no real tissue"
+        )
     path.with_suffix(".md").write_text(f"""# {path.name}
 
 {what}
@@ -639,25 +648,25 @@ def _write_card(trainer: Trainer, path: Path, command: str) -> None:
 |---|---|
 | architecture | {shape} |
 | parameters | {parameters:.2f} million, fp16, {size:.1f} MB, average of the weights over the run |
-| data | {r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a \
-quarter IHC) and {seen}; no real tissue |
+| data | {data} |
 | command | `{command}` |
 | seed | {r.seed} |
 | steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on one CPU core |
 | held-out score | {score} |
-| licence | MIT, as the code of this repository |
+| licence | {licence} |
 | SHA-256 | `{digest(path)}` |
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """, encoding="utf-8")  # fmt: skip
 
 
-def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
+def _add_to_card(trainer: Trainer, path: Path, command: str, images: Path | None) -> None:
     """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
     r, last = trainer.recipe, trainer.last
     card = path.with_suffix(".md")
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
     before = before.split(_SECOND_ROUND)[0].rstrip()
+    data = f"{r.scenes} other scenes of the same kind" if images is None else f"images of {images}"
     before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest(path)}`", before)
     card.write_text(f"""{before}
 
@@ -668,7 +677,7 @@ The digest above is that of the file as it is now.
 
 | | |
 |---|---|
-| data | {r.scenes} other scenes of the same kind |
+| data | {data} |
 | command | `{command}` |
 | seed | {r.seed} |
 | steps | {trainer.step} of {r.batch} crops of {r.crop} px, {trainer.seconds / 60:.0f} minutes |
@@ -685,8 +694,9 @@ def _cached_latents(
     log: Callable[[str], None],
 ) -> torch.Tensor:  # fmt: skip
     """Latents of the scenes, from `path` if they were made with the same weights and settings."""
-    key = [hashlib.sha256(Path(weights).read_bytes()).hexdigest(), len(scenes), recipe.views,
-           recipe.jitter, recipe.seed]  # fmt: skip
+    digest_of = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    first = hashlib.sha256(scenes[0].tobytes() + scenes[len(scenes) - 1].tobytes()).hexdigest()
+    key = [digest_of, first, len(scenes), recipe.views, recipe.jitter, recipe.seed]
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True)
         if stored["key"] == key:
@@ -758,7 +768,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if o.what == "prepare":
         return
     scenes = Scenes(o.images or o.work / "scenes")
-    command = f"python -m helpers.train_latent {o.what}"
+    command = shlex.join(["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])])
     if o.what == "autoencoder":
         trainer: Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
         path = o.weights or AUTOENCODER_WEIGHTS
@@ -788,7 +798,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.run(
         checkpoint=o.work / f"{o.what}.pt",
         log=say,
-        export=lambda t: t.export(path, command),
+        export=lambda t: t.export(path, command, o.images),
         score_every=o.score_every,
     )
 

@@ -329,6 +329,13 @@ class Trainer:
 
         if checkpoint is not None and Path(checkpoint).exists():
             self.resume(Path(checkpoint))
+            if self.progress() >= 1 and log:
+                log(
+                    f"{checkpoint} is that of a training which is finished, at step {self.step}: "
+                    "nothing is left to do. Remove it, or work in another folder, to train anew"
+                )
+            if self.progress() >= 1 and export:
+                export(self)
         sums: dict[str, list[float]] = {}
         with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
                   desc=self.kind) as bar:  # fmt: skip
