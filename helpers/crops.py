@@ -115,10 +115,7 @@ def explained(labels: np.ndarray, box: Box, size: tuple[int, int], masks: np.nda
     )
     here = labels[middles[0][rows].astype(int) - y0][:, middles[1][columns].astype(int) - x0]
     windows = masks[:, rows[:, None], columns]
-    edges = windows[:, :, 0], windows[:, 0], windows[:, :, -1], windows[:, -1]
-    cut = np.zeros(len(masks), bool)
-    for edge, inside in zip(edges, inner_edges(box, size), strict=True):
-        cut |= edge.any(1) & inside
+    cut = reaches(windows, inner_edges(box, size))
     cells = (here.ravel()[:, None] == np.arange(n)).astype(np.float32)
     covered = windows[cut].reshape(-1, here.size).astype(np.float32) @ cells
     return (covered >= EXPLAINED_SHARE * np.maximum(cells.sum(0), 1)).any(0)
@@ -134,6 +131,16 @@ def inner_edges(box: Box, size: tuple[int, int]) -> tuple[bool, bool, bool, bool
     """Whether the left, top, right and bottom edge of a box lie inside the image."""
     x0, y0, x1, y1 = box
     return x0 > 0, y0 > 0, x1 < size[1], y1 < size[0]
+
+
+def reaches(masks: np.ndarray | torch.Tensor, edges: tuple[bool, bool, bool, bool]):
+    """Which of (n, h, w) bool masks reach one of the edges marked: left, top, right, bottom."""
+    lines = masks[:, :, 0], masks[:, 0], masks[:, :, -1], masks[:, -1]
+    found = masks[:, 0, 0] & False
+    for line, marked in zip(lines, edges, strict=True):
+        if marked:
+            found = found | line.any(1)
+    return found
 
 
 def resample(

@@ -162,12 +162,7 @@ def kid(
     found = []
     for _ in range(n_subsets):
         i, j = (rng.permutation(len(z))[:size] for z in (x, y))
-        related = (
-            None
-            if origins is None
-            else tuple([o[k] for k in at] for o, at in zip(origins, (i, j), strict=True))
-        )
-        found.append(mmd2(x[i], y[j], origins=related))
+        found.append(mmd2(x[i], y[j], origins=_of_subsets(origins, i, j)))
     return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
 
 
@@ -200,12 +195,12 @@ def kid_floor(
     if len(x) < 4:
         raise ValueError(f"x has {len(x)} samples: two disjoint halves need at least 4")
     size = _subset_size(subset_size, len(x) // 2, n_subsets, share=1)
+    both = None if origins is None else (origins, origins)
     found = []
     for _ in range(n_subsets):
         order = rng.permutation(len(x))
         i, j = order[:size], order[size : 2 * size]
-        related = None if origins is None else tuple([origins[k] for k in at] for at in (i, j))
-        found.append(mmd2(x[i], x[j], origins=related))
+        found.append(mmd2(x[i], x[j], origins=_of_subsets(both, i, j)))
     return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
 
 
@@ -511,6 +506,14 @@ def _mask(mask, image: np.ndarray) -> np.ndarray:
             f"give {image.shape[:2]} bool, as the image"
         )
     return mask
+
+
+def _of_subsets(origins, i: np.ndarray, j: np.ndarray):
+    """Origins of the samples i of x and j of y, None where none are known."""
+    if origins is None:
+        return None
+    of_x, of_y = origins
+    return [of_x[k] for k in i], [of_y[k] for k in j]
 
 
 def _memberships(of_x, of_y, sizes: tuple[int, int]) -> tuple[csr_array, csr_array]:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from helpers.config import torch_device
-from helpers.crops import Box, inner_edges
+from helpers.crops import Box, inner_edges, reaches
 from helpers.weights import read_weights
 
 #: Weights of the small model, shipped with the book.
@@ -933,10 +933,7 @@ def propose(
         pass
     if any(embedding.cut):
         h, w = _region(low, embedding.input_size, size)
-        filled = kept[:, :h, :w] > 0
-        edges = (filled[:, :, 0], filled[:, 0], filled[:, :, -1], filled[:, -1])
-        for edge in (edge for edge, cut in zip(edges, embedding.cut, strict=True) if cut):
-            kept[edge.any(1)] = -1.0
+        kept[reaches(kept[:, :h, :w] > 0, embedding.cut)] = -1.0
     return Proposals(
         kept,
         scores.clamp(0, 1).cpu().numpy(),

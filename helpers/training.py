@@ -329,13 +329,8 @@ class Trainer:
 
         if checkpoint is not None and Path(checkpoint).exists():
             self.resume(Path(checkpoint))
-            if self.progress() >= 1 and log:
-                log(
-                    f"{checkpoint} is that of a training which is finished, at step {self.step}: "
-                    "nothing is left to do. Remove it, or work in another folder, to train anew"
-                )
-            if self.progress() >= 1 and export:
-                export(self)
+            if self.progress() >= 1:
+                self._finished_before(checkpoint, export, log)
         sums: dict[str, list[float]] = {}
         with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
                   desc=self.kind) as bar:  # fmt: skip
@@ -354,6 +349,15 @@ class Trainer:
                     if export:
                         export(self)
         return self
+
+    def _finished_before(self, checkpoint: Path, export, log) -> None:
+        if log:
+            log(
+                f"{checkpoint} is that of a training which is finished, at step {self.step}: "
+                "nothing is left to do. Remove it, or work in another folder, to train anew"
+            )
+        if export:
+            export(self)
 
     def _note(
         self,
