@@ -167,6 +167,10 @@ def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarr
     return found.masks[np.argsort(-found.scores, kind="stable")[:n]]
 
 
+#: Methods that need no network; each takes an image and the number of segments.
+CLASSICAL = {"SLIC": slic_alone, "SLIC, merged": slic_merged, "Felzenszwalb": graph_based}
+
+
 def grid_side(n_prompts: float) -> int:
     """Points a side of the square grid whose number of points is nearest to `n_prompts`."""
     low = max(1, int(np.sqrt(n_prompts)))

@@ -16,8 +16,6 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -36,6 +34,7 @@ from tqdm import tqdm
 
 from helpers.config import torch_device
 from helpers.crops import Box, inner_edges, reaches
+from helpers.processes import at_once, in_threads
 from helpers.weights import read_weights
 
 #: Weights of the small model, shipped with the book.
@@ -928,7 +927,7 @@ def propose(
         scores[start : start + batch] = iou[0, :, 0].float()
 
     starts = range(0, len(xy), batch)
-    done = _side_by_side(answer, starts, sam.device)
+    done = in_threads(answer, starts, sam.device)
     for _ in tqdm(done, total=len(starts), disable=not progress, desc="prompts"):
         pass
     if any(embedding.cut):
@@ -945,25 +944,9 @@ def propose(
 
 def _even_batch(n: int, largest: int, device: torch.device) -> int:
     """Size of batches of n prompts, at most `largest`; on a CPU as many for each thread."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = at_once(device)
     rounds = -(-n // (largest * threads))
     return max(1, -(-n // (max(1, rounds) * threads))) if threads > 1 else largest
-
-
-def _side_by_side(work: Callable[[int], None], items: Sequence[int], device: torch.device):
-    """Do `work` for every item; on a CPU several items at once, each on one thread.
-
-    The steps of a batch of prompts are too small for threads to share.
-    """
-    n = torch.get_num_threads()
-    if device.type != "cpu" or n == 1 or len(items) < 2:
-        yield from map(work, items)
-        return
-    try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(work, items)
-    finally:
-        torch.set_num_threads(n)
 
 
 def _by_area(logits, iou, choice, embedding, size):

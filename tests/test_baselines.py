@@ -8,11 +8,10 @@ from scipy.ndimage import label
 from helpers import phantom
 from helpers.anchors import Prompted
 from helpers.baselines import (
+    CLASSICAL,
     automatic,
-    graph_based,
     grid_side,
     single_prompts,
-    slic_alone,
     slic_merged,
 )
 from helpers.sam import Proposals, build_small_sam
@@ -23,7 +22,7 @@ def image():
     return phantom.render(1, seed=2, size=(110, 128)).image
 
 
-@pytest.mark.parametrize("baseline", [slic_alone, slic_merged, graph_based])
+@pytest.mark.parametrize("baseline", CLASSICAL.values(), ids=CLASSICAL)
 def test_baselines_have_about_the_number_asked_and_tile_the_image(baseline, image):
     masks = baseline(image, 20)
     assert 13 <= len(masks) <= 28
@@ -83,7 +82,7 @@ def test_the_grid_has_about_as_many_points_as_prompts():
     assert [grid_side(n) for n in (1, 4, 6, 7, 450, 32)] == [1, 2, 2, 3, 21, 6]
 
 
-@pytest.mark.parametrize("baseline", [slic_alone, slic_merged, graph_based])
+@pytest.mark.parametrize("baseline", CLASSICAL.values(), ids=CLASSICAL)
 def test_no_segments_are_refused(baseline, image):
     with pytest.raises(ValueError, match="at least one"):
         baseline(image, 0)

@@ -43,9 +43,8 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     for name, layers in {"automatic masks": 2, "  no crops, automatic": 0}.items():
         found = baselines.automatic(model, image, n, n_prompts=n_prompts, crop_n_layers=layers)
         yield name, found
-    yield "SLIC", baselines.slic_alone(image, n)
-    yield "SLIC, merged", baselines.slic_merged(image, n)
-    yield "Felzenszwalb", baselines.graph_based(image, n)
+    for name, classical in baselines.CLASSICAL.items():
+        yield name, classical(image, n)
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
