@@ -17,7 +17,6 @@ import argparse
 import base64
 import hashlib
 import importlib.metadata
-import json
 import re
 import shutil
 import subprocess
@@ -98,11 +97,11 @@ def _injected(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def run_page(run: str) -> str:
     """Markdown page about the run behind the book: settings, times, memory, versions."""
-    record = json.loads((runs.root() / run / "run.json").read_text(encoding="utf-8"))
+    record = runs.load(runs.root() / run / "run.json")
     times, versions, rows = execute.timings(run), {}, []
     for chapter in config.CHAPTERS:
         path = runs.root() / run / chapter / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = runs.load(path)
         versions = manifest["versions"]
         time_ = times.get(chapter, manifest)
         seconds, memory = time_["seconds"], manifest["peak_memory_gb"]

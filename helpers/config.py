@@ -14,6 +14,7 @@ import difflib
 import html
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAPTERS",
+    "CHECKPOINTS",
     "COMMON",
     "Common",
     "build",
     "known",
+    "missing_files",
     "names",
     "read",
     "show",
@@ -57,6 +60,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Overlap = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+#: Parameters that name a checkpoint, and what each may be beside a path.
+CHECKPOINTS = {
+    "sam_checkpoint": ("small", "vit_b", "vit_l", "vit_h"),
+    "latent_checkpoint": ("small",),
+    "extractor_path": (),
+}
 
 #: Data sets that are read from a folder the user names.
 NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist")
@@ -497,6 +507,19 @@ def build(chapter: str, values: Mapping[str, Any]) -> Common:
             "nothing has been run or changed."
         ) from None
     return params
+
+
+def missing_files(params: Common) -> list[str]:
+    """One line for each checkpoint that a chapter is to load and that is not there."""
+    lines = []
+    for name, known_names in CHECKPOINTS.items():
+        value = getattr(params, name, None)
+        if value and value not in known_names and not Path(value).exists():
+            near = difflib.get_close_matches(value, known_names, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else "correct the path"
+            may = f" (or {', '.join(known_names)})" if known_names else ""
+            lines.append(f"{name} = {value!r}: there is no such file{may}; {hint}")
+    return lines
 
 
 def read(chapter: str, namespace: Mapping[str, Any]) -> Common:

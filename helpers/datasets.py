@@ -225,14 +225,11 @@ def _open(path: Path) -> Image.Image:
             f"{path} cannot be read as an image ({error}). Replace or remove the file; 8-bit RGB "
             "PNG, JPEG and TIFF are supported (16-bit RGB is not)."
         ) from None
-    if picture.mode not in ("RGB", "RGBA", "P"):
-        reason = _MODES.get(picture.mode)
-        if reason is None:
-            reason = (
-                "16 bits a channel; convert it to 8-bit RGB" if "16" in picture.mode else "not RGB"
-            )
+    mode = _stored_mode(picture)
+    if mode not in ("RGB", "RGBA", "P"):
+        reason = "16 bits a channel; convert it to 8-bit RGB" if "16" in mode else "not RGB"
         picture.close()
-        raise ValueError(f"{path} has mode {picture.mode}, which is {reason}.")
+        raise ValueError(f"{path} has mode {mode}, which is {_MODES.get(mode, reason)}.")
     if min(picture.size) < MIN_SIDE:
         size = picture.size
         picture.close()
@@ -241,6 +238,14 @@ def _open(path: Path) -> Image.Image:
             "nothing of tissue can be seen in less."
         )
     return picture
+
+
+def _stored_mode(picture: Image.Image) -> str:
+    """Mode of the pixels in the file: Pillow opens colour of 16 bits as if it had 8."""
+    stored = picture.tile[0][3] if picture.tile else None
+    stored = stored[0] if isinstance(stored, tuple) and stored else stored
+    deep = picture.mode in ("RGB", "RGBA") and isinstance(stored, str) and "16" in stored
+    return stored if deep else picture.mode
 
 
 def _as_rgb(picture: Image.Image, path: Path) -> Image.Image:
@@ -677,17 +682,25 @@ def _walk_classes(root: Path) -> pd.DataFrame:
     if not folders:
         raise ValueError(f"{root} has no class folders and no CSV. {_WHERE['folder']}")
     splits = {p.name for p in folders} <= set(SPLITS)
-    rows = []
+    rows, passed = [], []
     for folder in folders:
         groups = sorted(p for p in folder.iterdir() if p.is_dir()) if splits else [folder]
         for group in groups:
             files = _pictures(group)
+            passed += [p for p in group.iterdir() if p not in files and p.name[0] != "."]
             if not files:
                 raise ValueError(
                     f"class folder {group} has no images ({', '.join(SUFFIXES)}): add some or "
                     "remove the folder."
                 )
             rows += [(str(p), group.name, folder.name) for p in files]
+    if passed:
+        warnings.warn(
+            f"{len(passed)} files and folders inside the class folders are passed over, e.g. "
+            f"{passed[0].relative_to(root)}: only {', '.join(SUFFIXES)} directly in a class folder "
+            "are read",
+            stacklevel=4,
+        )
     table = pd.DataFrame(rows, columns=["path", "label", "split"])
     return table if splits else table.drop(columns="split")
 
@@ -772,6 +785,9 @@ def _load_glas(root, image_size, seed, limits, *, n_classes=None):
             stacklevel=3,
         )
     table = table[found]
+    if absent := [c for c in classes if c not in set(table["label"])]:
+        warnings.warn(f"glas: no images are {' or '.join(absent)}", stacklevel=3)
+        classes = tuple(c for c in classes if c not in absent)
     table["patient"] = "glas-" + table["patient"].str.zfill(2)
     return _from_files(
         "glas", classes, table[["path", "label", "patient", "mask"]],

@@ -111,7 +111,7 @@ def settings(
     Raises
     ------
     ValueError
-        Names every wrong parameter of every chapter.
+        Names every wrong parameter and every missing checkpoint of every chapter.
     """
     if wrong := config.unknown(given):
         raise ValueError("unknown parameters, nothing has been run:\n  - " + "\n  - ".join(wrong))
@@ -121,6 +121,8 @@ def settings(
         own = {name: given[name] for name in config.names(chapter) if name in given}
         try:
             checked[chapter] = config.build(chapter, {**cell, **own})
+            lines = config.missing_files(checked[chapter])
+            problems += [f"chapter {chapter}: {line}" for line in lines]
         except ValueError as error:
             problems.append(str(error))
         told[chapter] = {name: value for name, value in own.items() if cell.get(name) != value}
@@ -169,12 +171,14 @@ def execute(
         good, why = _up_to_date(run, chapter, checked[chapter])
         if good and not force:
             print(f"  {chapter:<30} up to date", flush=True)
-            continue
-        why = "forced" if good else why
-        with _status(chapter, why) as status:
-            status.memory = _papermill(run, chapter, told[chapter])
-        _note(run, chapter, status.seconds, status.memory)
-        done.append(chapter)
+        else:
+            why = "forced" if good else why
+            with _status(chapter, why) as status:
+                status.memory = _papermill(run, chapter, told[chapter])
+            _note(run, chapter, status.seconds, status.memory)
+            done.append(chapter)
+        if chapter == "00_tissue":
+            _check_images(run, chapters)
     minutes = (time.perf_counter() - start) / 60
     peak = max((t["peak_memory_gb"] for t in timings(run).values()), default=0.0)
     rest = f", {minutes:.1f} min, peak memory {peak:.1f} GB" if done else ""
@@ -185,12 +189,31 @@ def execute(
 def timings(run: str) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of each chapter when it last ran: ``timings.json`` of the run."""
     path = runs.root() / run / "timings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return runs.load(path) if path.exists() else {}
 
 
 def executed(run: str, chapter: str) -> Path:
     """Executed notebook of a chapter in the run folder."""
     return runs.root() / run / "notebooks" / f"{chapter}.ipynb"
+
+
+def _check_images(run: str, chapters: Sequence[str]) -> None:
+    """Stop before the long chapters if the last of them cannot work with the images of the run."""
+    last = "07_classifier_evaluation"
+    if last not in chapters:
+        return
+    tissue = runs.load(runs.root() / run / "00_tissue" / "results.json")
+    counts, problem = tissue["counts"], None
+    if len(tissue["classes"]) < 2:
+        problem = f"tells classes apart, but all images are of one, {tissue['classes'][0]!r}"
+    elif not any(sum(counts[split].values()) for split in ("test", "test2")):
+        problem = "needs test images, and there are none (see test_per_class and test2_per_class)"
+    if problem:
+        others = " ".join(c.split("_")[0] for c in chapters if c != last)
+        raise runs.Failed(
+            f"chapter {last} {problem}. Add images, or run the others alone: "
+            f"python -m helpers.execute --run {run} --only {others}"
+        )
 
 
 # --- one chapter ---------------------------------------------------------------------------------
@@ -206,7 +229,7 @@ def _up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, st
         return False, "no executed notebook"
     if _code(target) != _code(runs.notebook(chapter)):
         return False, "notebook code changed"
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = runs.load(record)
     if before["manifest"] != _record(run, chapter)["manifest"]:
         return False, "was run by hand since"
     return True, why
@@ -256,7 +279,7 @@ def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
     for path in (failed, log):
         path.unlink(missing_ok=True)
     runs.dump(target.with_suffix(".json"), _record(run, chapter))
-    return float(json.loads(manifest.read_text(encoding="utf-8"))["peak_memory_gb"])
+    return float(runs.load(manifest)["peak_memory_gb"])
 
 
 def _environment() -> dict[str, str]:
@@ -371,7 +394,7 @@ def resolve(
         options["data_root"] = arguments.data_root
     name, run = arguments.preset, arguments.run or options.pop("run", None)
     record = runs.root() / run / "run.json" if run else None
-    old = json.loads(record.read_text(encoding="utf-8")) if record and record.exists() else None
+    old = runs.load(record) if record and record.exists() else None
     if old and name is None:
         name, options = old["preset"], {**old["options"], **options}
     elif old:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["NEEDS", "Failed", "Stage", "begin", "closure", "dump", "up_to_date", "weights"]
+__all__ = ["NEEDS", "Failed", "Stage", "begin", "closure", "dump", "load", "up_to_date", "weights"]
 
 #: Root of the repository.
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -116,6 +116,22 @@ def read_table(path: Path, text: Sequence[str] = ("label",)) -> pd.DataFrame:
 
     types = dict.fromkeys(text, str)
     return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+def load(path: Path) -> Any:
+    """What :func:`dump` has written.
+
+    Raises
+    ------
+    ValueError
+        If the file is no longer JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it and run again; what it held is made anew"
+        ) from None
 
 
 def dump(path: Path, value: Any) -> None:
@@ -331,11 +347,11 @@ class Stage:
 
     def results(self, chapter: str) -> dict[str, Any]:
         """Numbers that another chapter of this run has reported."""
-        return json.loads(self.input(chapter, "results.json").read_text(encoding="utf-8"))
+        return load(self.input(chapter, "results.json"))
 
     def parameters(self, chapter: str) -> config.Common:
         """Parameters that another chapter of this run was run with."""
-        values = json.loads(self.input(chapter, "params.json").read_text(encoding="utf-8"))
+        values = load(self.input(chapter, "params.json"))
         return config.build(chapter, values)
 
     def records(self) -> pd.DataFrame:
@@ -417,7 +433,7 @@ class Stage:
         self._finished_now = True
         if held := _LOCKS.pop(self._lock_file, None):
             held.close()
-        return json.loads((self._final / "results.json").read_text(encoding="utf-8"))
+        return load(self._final / "results.json")
 
     # random numbers
 
@@ -542,7 +558,7 @@ def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str
     if not path.exists():
         return False, "not run yet"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = load(path)
         old = config.build(chapter, manifest["params"])
     except (ValueError, KeyError):
         return False, "recorded with other parameters"
@@ -589,7 +605,7 @@ def _data(params: config.Common) -> str | None:
     """Hash of what a chapter takes from outside: the data folder, and checkpoints given by path."""
     folder = getattr(params, "data_root", None)
     found = [_listing(Path(folder))] if folder and Path(folder).is_dir() else []
-    for name in ("sam_checkpoint", "latent_checkpoint", "extractor_path"):
+    for name in config.CHECKPOINTS:
         path = getattr(params, name, None)
         if path and Path(path).exists():
             found.append(_hashes.any(Path(path)))

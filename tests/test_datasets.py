@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -337,6 +338,23 @@ def test_16_bit_grey(folder):
         datasets.load("folder", root=folder, image_size=32)
 
 
+def test_16_bit_colour_which_pillow_opens_as_if_it_had_8(folder):
+    colour = np.full((40, 44, 3), 30000, np.uint16)
+    cv2.imwrite(str(folder / "tumour" / "deep.png"), colour)
+    with Image.open(folder / "tumour" / "deep.png") as picture:
+        assert picture.mode == "RGB"
+    with pytest.raises(ValueError, match=r"deep\.png has mode RGB;16B, which is 16 bits a channel"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_what_is_passed_over_in_a_class_folder_is_named(folder):
+    save(folder / "benign" / "slide 2" / "c.png")
+    (folder / "tumour" / "x.webp").write_bytes(b"RIFF")
+    (folder / "tumour" / ".hidden").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 files and folders .* e\.g\. benign/slide 2: only"):
+        assert len(datasets.load("folder", root=folder, image_size=32)) == 20
+
+
 def test_a_file_that_is_no_image(folder):
     (folder / "benign" / "note.png").write_text("not a picture")
     with pytest.raises(ValueError, match=r"note\.png cannot be read as an image"):
@@ -584,6 +602,17 @@ def test_the_parts_of_a_binary_mask_are_instances(tmp_path):
     labels = datasets.load("glas", root=tmp_path, image_size=40).instances("train_6")
     assert np.unique(labels).tolist() == [0, 1, 2]
     assert [(labels == i).sum() for i in (1, 2)] == [15 * 20, 10 * 8]
+
+
+def test_glas_without_images_of_a_grade(tmp_path):
+    fake_glas(tmp_path)
+    whole = datasets.load("glas", root=tmp_path, image_size=40)
+    path = tmp_path / "Grade.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "healthy" not in line))
+    with pytest.warns(UserWarning, match="no images are healthy"):
+        data = datasets.load("glas", root=tmp_path, image_size=40)
+    assert data.classes == tuple(c for c in whole.classes if c != "healthy")
 
 
 def test_glas_with_another_table(tmp_path):

@@ -162,6 +162,13 @@ def test_a_missing_predecessor_is_named(project):
         (["--data-root", "no/such/folder"], "data_root='no/such/folder' is no folder"),
         (["--only", "5x"], "no chapter '5x'"),
         (["-p", "stpes", "7"], "did you mean `steps`"),
+        (
+            ["-p", "latent_checkpoint", "no/such.ckpt"],
+            "chapter 05_sde_mcg_inpainting: latent_checkpoint = 'no/such.ckpt': there is no such "
+            "file (or small); correct the path",
+        ),
+        (["-p", "sam_checkpoint", "vitb"], "did you mean 'vit_b'"),
+        (["-p", "extractor_path", "c.pth"], "extractor_path = 'c.pth': there is no such file;"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, said, run_root, capsys):
@@ -184,6 +191,36 @@ def test_a_run_keeps_its_data_set_with_and_without_a_preset(run_root, tmp_path):
     with pytest.raises(ValueError, match=r"made from other data \(folder, .*\) .*--force"):
         resolved("--dataset", "phantom")
     assert resolved("--dataset", "phantom", "--force")[1]["dataset"] == "phantom"
+
+
+def images_of(run_root, classes, **counts):
+    tissue = {"classes": classes, "counts": {"train": dict.fromkeys(classes, 4)}}
+    for split in ("val", "test", "test2"):
+        tissue["counts"][split] = dict.fromkeys(classes, counts.get(split, 0))
+    runs.dump(run_root / "r" / TISSUE / "results.json", tissue)
+
+
+def test_images_that_the_last_chapter_cannot_use_are_known_after_the_first(run_root):
+    last = "07_classifier_evaluation"
+    images_of(run_root, ["benign"], test=3)
+    with pytest.raises(runs.Failed, match=r"all images are of one, 'benign'.* --only 00 A1$"):
+        execute._check_images("r", [TISSUE, last, "A1_training_sam"])
+    images_of(run_root, ["benign", "tumour"], val=2)
+    with pytest.raises(runs.Failed, match="needs test images, and there are none"):
+        execute._check_images("r", [TISSUE, last])
+    execute._check_images("r", [TISSUE, FIRST])
+    for split in ("test", "test2"):
+        images_of(run_root, ["benign", "tumour"], **{split: 1})
+        execute._check_images("r", [TISSUE, last])
+
+
+def test_a_damaged_record_of_a_run_is_named(run_root, capsys):
+    path = run_root / "r" / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert execute.main(["--run", "r"]) == 1
+    said = capsys.readouterr().err
+    assert f"{path} is damaged" in said and "delete it and run again" in said
 
 
 def test_chapters_are_found_by_number_and_name():
