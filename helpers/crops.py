@@ -48,6 +48,29 @@ def crop_boxes(size: tuple[int, int], n_layers: int) -> list[list[Box]]:
     ]
 
 
+def nearest(boxes: list[Box], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which box has its middle nearest to each pixel; the first of several.
+
+    Parameters
+    ----------
+    boxes : list of (int, int, int, int)
+        One layer of :func:`crop_boxes`.
+    x, y : int ndarray
+        Columns and rows of the pixels; they are broadcast.
+
+    Returns
+    -------
+    int64 ndarray
+    """
+    shape = np.broadcast_shapes(np.shape(x), np.shape(y))
+    found, least = np.zeros(shape, np.int64), np.full(shape, np.inf)
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        square = (2 * x + 1 - x0 - x1) ** 2 + (2 * y + 1 - y0 - y1) ** 2
+        found[square < least] = i
+        least = np.minimum(least, square)
+    return found
+
+
 def share_out(labels: np.ndarray, boxes: list[Box]) -> list[np.ndarray]:
     """Share the superpixels of an image out to the crops of a layer.
 
@@ -68,13 +91,9 @@ def share_out(labels: np.ndarray, boxes: list[Box]) -> list[np.ndarray]:
         order, -1 where another crop asks.
     """
     y, x = np.ogrid[: labels.shape[0], : labels.shape[1]]
-    nearest, least = np.zeros(labels.shape, np.int64), np.full(labels.shape, np.inf)
-    for i, (x0, y0, x1, y1) in enumerate(boxes):
-        square = (2 * x + 1 - x0 - x1) ** 2 + (2 * y + 1 - y0 - y1) ** 2
-        nearest[square < least] = i
-        least = np.minimum(least, square)
     n = int(labels.max()) + 1
-    votes = np.bincount((labels * len(boxes) + nearest).ravel(), minlength=n * len(boxes))
+    pairs = labels * len(boxes) + nearest(boxes, x, y)
+    votes = np.bincount(pairs.ravel(), minlength=n * len(boxes))
     owner = votes.reshape(n, -1).argmax(1)
     parts = []
     for i, (x0, y0, x1, y1) in enumerate(boxes):

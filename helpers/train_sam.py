@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
 from skimage import measure
 from torch import nn
 from torch.nn import functional as F
 
 from helpers import training
+from helpers.crops import crop_boxes, inner_edges, nearest, reaches
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -295,7 +298,15 @@ def _quarters(masks: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(sam, images, instances, *, rng: np.random.Generator, clicks_each: int = 1) -> dict:
+def evaluate(
+    sam: Sam,
+    images: Iterable[np.ndarray],
+    instances: Iterable[np.ndarray],
+    *,
+    rng: np.random.Generator,
+    clicks_each: int = 1,
+    crop_n_layers: int = 0,
+) -> dict[str, float]:
     """Measure one-click masks: one random pixel inside each instance.
 
     Parameters
@@ -304,34 +315,55 @@ def evaluate(sam, images, instances, *, rng: np.random.Generator, clicks_each: i
     images : iterable of (H, W, 3) uint8 ndarray
     instances : iterable of (H, W) int ndarray
         Instance maps; instances below 0.25 % of the image are left out.
+    rng : numpy.random.Generator
+        Draws the clicks.
+    clicks_each : int
+        Clicks in each instance, each measured by itself.
+    crop_n_layers : int
+        Layers of crops in which a click is asked again, as the anchors are: in each layer in the
+        crop whose middle is nearest. A mask that its crop cuts is not picked.
 
     Returns
     -------
     dict
-        ``oracle_iou`` (best of the three masks), ``picked_iou`` (highest predicted IoU),
-        ``recall_50`` of the picked mask, ``n``.
+        ``oracle_iou`` (best of the three masks of each layer), ``picked_iou`` (highest predicted
+        IoU), ``recall_50`` of the picked mask, ``n``.
     """
-    from segment_anything import SamPredictor
-
-    predictor = SamPredictor(sam)
     oracle, picked = [], []
     for image, labels in zip(images, instances, strict=True):
         ids, areas = np.unique(labels[labels > 0], return_counts=True)
-        ids = ids[areas >= AREA_RANGE[0] * labels.size]
-        predictor.set_image(image)
-        for i in np.repeat(ids, clicks_each):
-            truth = labels == i
-            y, x = np.argwhere(truth)[int(rng.integers(truth.sum()))]
-            masks, scores, _ = predictor.predict(np.array([[x, y]]), np.array([1]))
-            iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
-            oracle.append(iou.max())
-            picked.append(iou[scores.argmax()])
+        ids = np.repeat(ids[areas >= AREA_RANGE[0] * labels.size], clicks_each)
+        inside = [np.argwhere(labels == i) for i in ids]
+        points = [pixels[int(rng.integers(len(pixels)))][::-1] for pixels in inside]
+        iou, score = _answers(sam, image, labels, ids, np.array(points), crop_n_layers)
+        oracle += iou.max(1).tolist()
+        picked += np.take_along_axis(iou, score.argmax(1)[:, None], 1)[:, 0].tolist()
     return {
         "oracle_iou": float(np.mean(oracle)),
         "picked_iou": float(np.mean(picked)),
         "recall_50": float(np.mean(np.array(picked) >= 0.5)),
         "n": len(oracle),
     }
+
+
+def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """IoU with its instance, and predicted IoU (-1 where a crop cuts it), of each click's masks."""
+    predictor, size = SamPredictor(sam), labels.shape
+    iou, score = np.zeros((2, len(ids), n_layers + 1, 3))
+    for layer, boxes in enumerate(crop_boxes(size, n_layers)):
+        asked_in = nearest(boxes, *points.reshape(-1, 2).T)
+        for b in np.unique(asked_in):
+            x0, y0, x1, y1 = boxes[b]
+            predictor.set_image(np.ascontiguousarray(image[y0:y1, x0:x1]))
+            for i in np.flatnonzero(asked_in == b):
+                at = points[[i]] - (x0, y0)
+                masks, predicted, _ = predictor.predict(at, np.array([1]))
+                truth = labels == ids[i]
+                both = (masks & truth[y0:y1, x0:x1]).sum((1, 2))
+                iou[i, layer] = both / (masks.sum((1, 2)) + truth.sum() - both)
+                cut = reaches(masks, inner_edges(boxes[b], size))
+                score[i, layer] = np.where(cut, -1, predicted)
+    return iou.reshape(len(ids), -1), score.reshape(len(ids), -1)
 
 
 # --------------------------------------------------------------------------- training

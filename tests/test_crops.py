@@ -7,7 +7,7 @@ from segment_anything import SamPredictor
 
 from helpers import phantom
 from helpers.anchors import anchors, best_iou, identity_vectors, iou_matrix, prompt, segment
-from helpers.crops import crop_boxes, explained, inner_edges, resample, share_out, without
+from helpers.crops import crop_boxes, explained, inner_edges, nearest, resample, share_out, without
 from helpers.sam import embed, load_sam, propose
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor
@@ -313,3 +313,16 @@ def test_bad_settings_are_named(small, image):
         segment(small, image, rng=rng, crop_n_layers=-2)
     with pytest.raises(ValueError, match=r"pred_iou_thresh = 1.5; it must lie in \[0, 1\]"):
         segment(small, image, rng=rng, n_segments=2, crop_n_layers=0, pred_iou_thresh=1.5)
+
+
+def test_the_nearest_box_is_that_of_a_literal_search():
+    boxes = crop_boxes((61, 84), 2)[2]
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(0, 84, 50), rng.integers(0, 61, 50)
+    for i, column, row in zip(nearest(boxes, x, y), x, y, strict=True):
+        away = [
+            np.hypot(column + 0.5 - (x0 + x1) / 2, row + 0.5 - (y0 + y1) / 2)
+            for x0, y0, x1, y1 in boxes
+        ]
+        assert away[i] == min(away)
+    assert nearest(boxes, x[None], y[:, None]).shape == (50, 50)

@@ -5,10 +5,12 @@ import itertools
 import json
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from skimage.measure import label
 
 from helpers.sam import load_sam
 from helpers.sam_scenes import (
@@ -227,6 +229,46 @@ def test_evaluation_counts_each_gland_once(folder):
     sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
     score = evaluate(sam, images, instances, rng=np.random.default_rng(0))
     assert 0 <= score["picked_iou"] <= score["oracle_iou"] <= 1 and score["n"] > 0
+
+
+def test_a_click_is_asked_again_in_the_nearest_crop_of_each_layer():
+    class Perfect:
+        """Draws what is bright around the click, and is the surer the smaller the picture is."""
+
+        def __init__(self, _):
+            pass
+
+        def set_image(self, image):
+            self.image = image
+
+        def predict(self, points, point_labels):
+            ((x, y),) = points
+            parts = label(self.image[..., 0] > 128)
+            assert point_labels.tolist() == [1] and parts[y, x] > 0
+            mask = parts == parts[y, x]
+            masks = np.stack([mask, mask & False, mask & False])
+            return masks, np.array([9 / len(self.image), 0.01, 0.0]), None
+
+    y, x = np.mgrid[:90, :120]
+    small, large = np.hypot(y - 20, x - 100) < 6, np.hypot(y - 45, x - 55) < 30
+    labels = 3 * small + 7 * large
+    image = np.repeat(255 * (labels > 0)[..., None], 3, axis=2).astype(np.uint8)
+    with mock.patch("helpers.train_sam.SamPredictor", Perfect):
+        for layers in (0, 1, 2):  # crops cut the large disc, and are not picked for it
+            rng = np.random.default_rng(layers)
+            score = evaluate(None, [image], [labels], rng=rng, clicks_each=4, crop_n_layers=layers)
+            assert score == {"oracle_iou": 1, "picked_iou": 1, "recall_50": 1, "n": 8}
+
+
+def test_more_layers_never_make_the_best_mask_worse(folder):
+    images, instances = held_out(2, size=128)
+    sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
+    best = [
+        evaluate(sam, images, instances, rng=np.random.default_rng(0), crop_n_layers=layers)
+        for layers in (0, 1, 2)
+    ]
+    assert best[0]["oracle_iou"] <= best[1]["oracle_iou"] <= best[2]["oracle_iou"]
+    assert len({score["n"] for score in best}) == 1
 
 
 def test_command_line_of_a_recipe_gives_that_recipe_back():

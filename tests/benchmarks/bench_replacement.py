@@ -4,7 +4,8 @@
 of a finished run, ``--run NAME`` on that of another. The first table warps whole segments in their
 own images, so that nothing but the warp can tell them from real ones; the second replaces segments
 with one setting of chapter 04 changed at a time, without any healing; the third mixes source and
-target along the same seams in other ways.
+target along the same seams in other ways. Pairs of crops that show the same image are left out, as
+in chapter 06.
 """
 
 from __future__ import annotations
@@ -83,10 +84,13 @@ def warped(pool: Pool, rows: np.ndarray, image, embed, rng: np.random.Generator)
         )
 
     real = [embedded(rows, MOVES["as they are"]) for rows in halves]
+    own = [[{name} for name in pool.table["image_id"].iloc[rows]] for rows in halves]
     found = {}
     for name, move in MOVES.items():
         far = [embedded(rows, move) for rows in halves]
-        found[name] = 500 * (quality.mmd2(real[0], far[1]) + quality.mmd2(real[1], far[0]))
+        found[name] = 500 * sum(
+            quality.mmd2(real[i], far[j], origins=(own[i], own[j])) for i, j in ((0, 1), (1, 0))
+        )
     return pd.DataFrame({"KID x 1000": found, "n": len(whole)})
 
 
@@ -104,8 +108,13 @@ def composed(
     return [p.composite for p in pieces if p.composite is not None], sampler
 
 
+def shown_in(composite: Composite) -> set[str]:
+    """Images whose pixels a composite shows."""
+    return {composite.image_id, *(done["source_image"] for done in composite.replacements)}
+
+
 def replaced(
-    pool: Pool, classes: list[str], image, embed, real: np.ndarray, n: int
+    pool: Pool, classes: list[str], image, embed, distance: Callable[..., float], n: int
 ) -> Iterator[dict]:
     """One row a setting: kernel distances of crops of `n` composites a class."""
     for name, change in CHANGES.items():
@@ -119,8 +128,8 @@ def replaced(
         )
         yield {
             "setting": name,
-            "before": 1000 * quality.mmd2(real, before),
-            "replaced": 1000 * quality.mmd2(real, after),
+            "before": distance(before, [{c.image_id} for c, _ in places]),
+            "replaced": distance(after, [shown_in(c) for c, _ in places]),
             "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
             "images": len(made),
             "sources": effective_sources(sampler.counts),
@@ -185,8 +194,9 @@ MIXES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def mixed(
-    made: list[Composite], pool: Pool, image, embed, real: np.ndarray, seam: tuple[int, int]
-) -> Iterator[dict]:
+    made: list[Composite], pool: Pool, image, embed, distance: Callable[..., float],
+    seam: tuple[int, int],
+) -> Iterator[dict]:  # fmt: skip
     """One row a way to mix: kernel distance of the crops, and how well the seam is detected."""
     originals = [c.original for c in made]
     for name, mix in MIXES.items():
@@ -209,7 +219,7 @@ def mixed(
         )
         yield {
             "mixed by": name,
-            "KID x 1000": 1000 * quality.mmd2(real, crops),
+            "KID x 1000": distance(crops, [shown_in(c) for c in made for _ in c.replacements]),
             "detected": quality.seam_detection(
                 pictures, originals, masks, groups=[c.image_id for c in made]
             ),
@@ -242,19 +252,26 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
         return extractor.embed(np.stack(list(crops)))
 
     rng = np.random.default_rng(0)
+    chosen = rng.permutation(rows)[:1000]
+    names = pool.table["image_id"].iloc[chosen].tolist()
     real = embed(
-        features.crop(image(pool.table["image_id"].iat[i]), pool.mask(int(i)))
-        for i in rng.permutation(rows)[:1000]
+        features.crop(image(name), pool.mask(int(i))) for i, name in zip(chosen, names, strict=True)
     )
-    floor = quality.kid_floor(real, rng=rng)
+    own = [{name} for name in names]
+
+    def distance(crops: np.ndarray, origins: list[set[str]]) -> float:
+        """Kernel distance x 1000 from real crops of other images."""
+        return 1000 * quality.mmd2(real, crops, origins=(own, origins))
+
+    floor = quality.kid_floor(real, origins=own, rng=rng)
     print(f"{len(rows)} segments of {len(classes)} classes; real against real, x 1000: "
           f"{1000 * floor.mean:.1f}, standard deviation {1000 * floor.std:.1f} "
           f"at {floor.subset_size} crops")  # fmt: skip
     print(warped(pool, rows, image, embed, rng).to_string(float_format="{:.2f}".format))
-    table = pd.DataFrame(replaced(pool, classes, image, embed, real, options.n_per_class))
+    table = pd.DataFrame(replaced(pool, classes, image, embed, distance, options.n_per_class))
     print(table.set_index("setting").to_string(float_format="{:.2f}".format))
     made, _ = composed(pool, classes, image, options.n_per_class)
-    ways = pd.DataFrame(mixed(made, pool, image, embed, real, settings()["seam"]))
+    ways = pd.DataFrame(mixed(made, pool, image, embed, distance, settings()["seam"]))
     print(ways.set_index("mixed by").to_string(float_format="{:.2f}".format))
     return table
 
