@@ -687,7 +687,8 @@ def _walk_classes(root: Path) -> pd.DataFrame:
         groups = sorted(p for p in folder.iterdir() if p.is_dir()) if splits else [folder]
         for group in groups:
             files = _pictures(group)
-            passed += [p for p in group.iterdir() if p not in files and p.name[0] != "."]
+            others = sorted(set(group.iterdir()) - set(files))
+            passed += [p for p in others if not p.name.startswith(".")]
             if not files:
                 raise ValueError(
                     f"class folder {group} has no images ({', '.join(SUFFIXES)}): add some or "
