@@ -410,6 +410,7 @@ class TrainingSam(WithDevice):
 
     sam_steps: Annotated[Positive, Field(description="optimiser steps of the toy run")]
     sam_batch: Annotated[Positive, Field(description="images a step of the toy run")]
+    sam_held_out: Annotated[Positive, Field(description="unseen phantoms that are clicked on")]
 
 
 class TrainingLatentDiffusion(WithDevice):
