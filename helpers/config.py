@@ -36,6 +36,7 @@ __all__ = [
     "COMMON",
     "Common",
     "build",
+    "checkpoint_paths",
     "known",
     "missing_files",
     "names",
@@ -510,16 +511,21 @@ def build(chapter: str, values: Mapping[str, Any]) -> Common:
     return params
 
 
+def checkpoint_paths(params: Common) -> dict[str, str]:
+    """Checkpoints that a chapter is to load from a path, by parameter, without those of a name."""
+    given = {name: getattr(params, name, None) for name in CHECKPOINTS}
+    return {name: path for name, path in given.items() if path and path not in CHECKPOINTS[name]}
+
+
 def missing_files(params: Common) -> list[str]:
     """One line for each checkpoint that a chapter is to load and that is not there."""
     lines = []
-    for name, known_names in CHECKPOINTS.items():
-        value = getattr(params, name, None)
-        if value and value not in known_names and not Path(value).exists():
-            near = difflib.get_close_matches(value, known_names, n=1, cutoff=0.6)
+    for name, path in checkpoint_paths(params).items():
+        if not Path(path).exists():
+            near = difflib.get_close_matches(path, CHECKPOINTS[name], n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "correct the path"
-            may = f" (or {', '.join(known_names)})" if known_names else ""
-            lines.append(f"{name} = {value!r}: there is no such file{may}; {hint}")
+            may = f" (or {', '.join(CHECKPOINTS[name])})" if CHECKPOINTS[name] else ""
+            lines.append(f"{name} = {path!r}: there is no such file{may}; {hint}")
     return lines
 
 

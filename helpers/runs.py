@@ -119,7 +119,7 @@ def read_table(path: Path, text: Sequence[str] = ("label",)) -> pd.DataFrame:
 
 
 def load(path: Path) -> Any:
-    """What :func:`dump` has written.
+    """Read a JSON file of a run.
 
     Raises
     ------
@@ -605,10 +605,8 @@ def _data(params: config.Common) -> str | None:
     """Hash of what a chapter takes from outside: the data folder, and checkpoints given by path."""
     folder = getattr(params, "data_root", None)
     found = [_listing(Path(folder))] if folder and Path(folder).is_dir() else []
-    for name in config.CHECKPOINTS:
-        path = getattr(params, name, None)
-        if path and Path(path).exists():
-            found.append(_hashes.any(Path(path)))
+    paths = map(Path, config.checkpoint_paths(params).values())
+    found += [_hashes.any(path) for path in paths if path.exists()]
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None
 
 

@@ -354,6 +354,7 @@ def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray
         asked_in = nearest(boxes, *points.reshape(-1, 2).T)
         for b in np.unique(asked_in):
             x0, y0, x1, y1 = boxes[b]
+            inner = inner_edges(boxes[b], size)
             predictor.set_image(np.ascontiguousarray(image[y0:y1, x0:x1]))
             for i in np.flatnonzero(asked_in == b):
                 at = points[[i]] - (x0, y0)
@@ -361,8 +362,7 @@ def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray
                 truth = labels == ids[i]
                 both = (masks & truth[y0:y1, x0:x1]).sum((1, 2))
                 iou[i, layer] = both / (masks.sum((1, 2)) + truth.sum() - both)
-                cut = reaches(masks, inner_edges(boxes[b], size))
-                score[i, layer] = np.where(cut, -1, predicted)
+                score[i, layer] = np.where(reaches(masks, inner), -1, predicted)
     return iou.reshape(len(ids), -1), score.reshape(len(ids), -1)
 
 

@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from helpers import classify, config
+from helpers import classify, config, sam
 from helpers.seam import BLEND_REACH
 
 GOOD = {
@@ -133,6 +133,11 @@ def test_every_name_belongs_to_one_chapter():
             owners.setdefault(name, []).append(chapter)
     shared = {n: c for n, c in owners.items() if len(c) > 1 and n not in config.COMMON}
     assert not shared, f"shared between chapters: {shared}"
+
+
+def test_checkpoints_with_a_name_are_those_that_can_be_loaded():
+    assert config.CHECKPOINTS["sam_checkpoint"] == ("small", *sam.OFFICIAL)
+    assert all(name in config.known() for name in config.CHECKPOINTS)
 
 
 def test_classifiers_are_those_that_can_be_built():
