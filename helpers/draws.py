@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,7 +230,11 @@ class Sampler:
         self._fingerprint = int(zlib.crc32(np.ascontiguousarray(pool.features)))
 
     def log_probabilities(
-        self, target: int, *, size_range: tuple[float, float] = _ANY_SIZE
+        self,
+        target: int,
+        *,
+        size_range: tuple[float, float] = _ANY_SIZE,
+        without: Collection[int] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Candidates for a target and their log-probabilities, in double precision.
 
@@ -241,6 +245,8 @@ class Sampler:
         size_range : tuple of float
             Candidates of another area, relative to that of the target, are left out, such as those
             that could not be fitted (:func:`helpers.placement.size_range`).
+        without : collection of int
+            Rows of the pool that are left out as well, such as those that were tried before.
 
         Returns
         -------
@@ -259,7 +265,7 @@ class Sampler:
             self.pool.features[target],
             block.features,
             self._weights(block),
-            allowed=self._allowed(target, block, size_range),
+            allowed=self._allowed(target, block, size_range, without),
         )
         return block.rows, log_p
 
@@ -314,6 +320,7 @@ class Sampler:
         rng: np.random.Generator,
         *,
         size_range: tuple[float, float] = _ANY_SIZE,
+        without: Collection[int] = (),
     ) -> int:
         """Draw a replacement by Eq. 1 and raise its weight.
 
@@ -322,7 +329,7 @@ class Sampler:
         target : int
             Row of the pool.
         rng : numpy.random.Generator
-        size_range : tuple of float
+        size_range, without
             As in :meth:`log_probabilities`.
 
         Returns
@@ -335,9 +342,10 @@ class Sampler:
         CompositeError
             If no segment may be drawn.
         """
-        row = self._draw_by_bounds(target, rng, size_range)
+        left_out = {"size_range": size_range, "without": without}
+        row = self._draw_by_bounds(target, rng, **left_out)
         if row is None:  # distances so large that single precision says little
-            rows, log_p = self.log_probabilities(target, size_range=size_range)
+            rows, log_p = self.log_probabilities(target, **left_out)
             row = int(rows[_invert(np.exp(log_p), rng)])
         self.w[row] += self.penalty
         self.counts[row] += 1
@@ -389,12 +397,16 @@ class Sampler:
     # inner parts
 
     def _draw_by_bounds(
-        self, target: int, rng: np.random.Generator, size_range: tuple[float, float]
+        self,
+        target: int,
+        rng: np.random.Generator,
+        size_range: tuple[float, float],
+        without: Collection[int],
     ) -> int | None:
         """Rejection sampling from upper bounds of the probabilities; None if it does not pay."""
         block = self._blocks[self._labels[target]]
         f_t = self.pool.features[target]
-        allowed, w = self._allowed(target, block, size_range), self._weights(block)
+        allowed, w = self._allowed(target, block, size_range, without), self._weights(block)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             exponent = block.nearest_possible(f_t)
             exponent *= (w * -(1 - 8 * _ROUNDOFF)).astype(np.float32)
@@ -415,7 +427,13 @@ class Sampler:
                 return int(block.rows[at])
         return None
 
-    def _allowed(self, target: int, block: _Block, size_range: tuple[float, float]) -> np.ndarray:
+    def _allowed(
+        self,
+        target: int,
+        block: _Block,
+        size_range: tuple[float, float],
+        without: Collection[int],
+    ) -> np.ndarray:
         """As :meth:`allowed` for all rows of a block; an error if none is left."""
         allowed = block.images != self._images[target] if self.exclude_own_image else True
         if self.exclude_own_patient and self._patients[target] >= 0:
@@ -426,6 +444,8 @@ class Sampler:
         if size_range != _ANY_SIZE:
             low, high = np.asarray(size_range) * block.areas[own]
             allowed &= (block.areas >= low) & (block.areas <= high)
+        if without:
+            allowed &= ~np.isin(block.rows, list(without))
         if not allowed.any():
             raise CompositeError(self._why_none(target, len(block.rows), size_range))
         return allowed
@@ -494,13 +514,19 @@ class Sampler:
 
     def _why_none(self, target: int, n: int, size_range: tuple[float, float]) -> str:
         row = self.pool.table.iloc[target]
+        nothing = (
+            f"no segment may replace segment {row['segment_id']} of image {row['image_id']!r}: "
+        )
+        if n == 1:
+            return (
+                f"{nothing}it is the only one of class {row['label']!r}; add images of this class"
+            )
         rules = self._rules()
         if size_range != _ANY_SIZE:
             rules.append("an area of {:.2g} to {:.2g} times its own".format(*size_range))
         return (
-            f"no segment may replace segment {row['segment_id']} of image {row['image_id']!r}: "
-            f"class {row['label']!r} has {n} segments and all are left out "
-            f"({', '.join(rules) or 'it is the only one'}); "
+            f"{nothing}class {row['label']!r} has {n} segments and all are left out "
+            f"({', '.join(rules) or 'tried before'}); "
             "add images of this class or switch a rule off"
         )
 

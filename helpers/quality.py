@@ -2,8 +2,10 @@
 
 A few hundred images are far too few for the Frechet distance, which is biased upwards at small
 samples [1]_; the kernel distance (KID) is unbiased at any size, if no sample is compared with
-itself: a synthetic image shares pixels with its target and its sources, which `origins` tell. It is
-always read beside the distance of real images from real images.
+itself: a synthetic image shares pixels with its target and its sources, which `origins` tell. Pairs
+that share an image are of one class, so that leaving them out would leave fewer pairs of one class
+among synthetic images than among real ones; `classes` holds the shares of the pairs where they
+were. The distance is always read beside that of real images from real images.
 
 References
 ----------
@@ -38,6 +40,14 @@ __all__ = [
     "seam_score",
     "stratified",
 ]
+
+#: Images that each sample of x and of y shows, and the class of each.
+Origins = tuple[Sequence[Collection[str]], Sequence[Collection[str]]]
+Classes = tuple[Sequence[str], Sequence[str]]
+
+_NO_PAIRS = (
+    "every pair of samples shares an image, of all or of two classes: give samples of more images"
+)
 
 #: Weights of red, green and blue in the luminance (Rec. 601).
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -81,7 +91,8 @@ def mmd2(
     x: np.ndarray,
     y: np.ndarray,
     *,
-    origins: tuple[Sequence[Collection[str]], Sequence[Collection[str]]] | None = None,
+    origins: Origins | None = None,
+    classes: Classes | None = None,
 ) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy of two samples.
 
@@ -94,6 +105,10 @@ def mmd2(
         Images whose pixels each sample of x and of y shows. Pairs that share one are left out of
         every mean, since they are alike for another reason than their distribution. By default no
         two samples share any.
+    classes : pair of sequences of n and m str, optional
+        Class of each sample of x and of y. Each of the three means is then one over pairs of
+        classes, weighted by the shares of the classes in y: both sides have that mixture, and keep
+        it when `origins` leaves pairs out. Samples of x of other classes do not count.
 
     Returns
     -------
@@ -103,19 +118,13 @@ def mmd2(
     Raises
     ------
     ValueError
-        If no pair of unrelated samples is left.
+        If no pair of unrelated samples is left, of all or of two classes.
     """
-    n, m = len(x), len(y)
-    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
-    if origins is not None:
-        of_x, of_y = _memberships(*origins, (n, m))
-        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
-            same |= (a @ b.T).toarray() > 0
-    within_x, within_y, across = (
-        _mean_of_others(polynomial_kernel(a, b), same)
-        for (a, b), same in zip(((x, x), (y, y), (x, y)), alike, strict=True)
-    )
-    return within_x + within_y - 2 * across
+    members, shares = _members(classes, (len(x), len(y)))
+    found = _mmd2(x, y, origins, members, shares)
+    if np.isnan(found):
+        raise ValueError(_NO_PAIRS)
+    return found
 
 
 def kid(
@@ -124,7 +133,8 @@ def kid(
     *,
     subset_size: int | None = None,
     n_subsets: int = 50,
-    origins: tuple[Sequence[Collection[str]], Sequence[Collection[str]]] | None = None,
+    origins: Origins | None = None,
+    classes: Classes | None = None,
     rng: np.random.Generator,
 ) -> Estimate:
     """Kernel distance between two samples of features, over random subsets.
@@ -138,9 +148,9 @@ def kid(
         Samples of each side in a subset, drawn without replacement. Default: half of the smaller
         side, at most 100, so that subsets differ.
     n_subsets : int
-        Number of subsets.
-    origins : pair of sequences of n and m collections of str, optional
-        As for :func:`mmd2`.
+        Number of subsets. Those without a pair of unrelated samples of some classes do not count.
+    origins, classes : pair of sequences, optional
+        As for :func:`mmd2`. With classes, a subset holds each in its share, at least twice.
     rng : numpy.random.Generator
         Source of the subsets.
 
@@ -152,18 +162,16 @@ def kid(
     Raises
     ------
     ValueError
-        If a side has fewer than two samples, features differ in length or are not finite, or the
-        subset is larger than a side.
+        If a side has fewer than two samples, of all or of a class, features differ in length or
+        are not finite, the subset is larger than a side, or no subset has unrelated samples.
     """
     x, y = _features(x, "x"), _features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}: use one extractor")
     size = _subset_size(subset_size, min(len(x), len(y)), n_subsets)
-    found = []
-    for _ in range(n_subsets):
-        i, j = (rng.permutation(len(z))[:size] for z in (x, y))
-        found.append(mmd2(x[i], y[j], origins=_of_subsets(origins, i, j)))
-    return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
+    members, shares = _members(classes, (len(x), len(y)))
+    halves = ([_parts(each, shares, size, 1, rng)[0] for each in members] for _ in range(n_subsets))
+    return _over_subsets(x, y, halves, origins, members, shares, size)
 
 
 def kid_floor(
@@ -172,6 +180,7 @@ def kid_floor(
     subset_size: int | None = None,
     n_subsets: int = 50,
     origins: Sequence[Collection[str]] | None = None,
+    classes: Sequence[str] | None = None,
     rng: np.random.Generator,
 ) -> Estimate:
     """Kernel distance of real images from other real images: what no method can be asked to beat.
@@ -184,8 +193,8 @@ def kid_floor(
         Features of real images, n >= 4.
     subset_size, n_subsets, rng
         As for :func:`kid`; the default subset is half of the sample, at most 100.
-    origins : sequence of n collections of str, optional
-        Images that each sample shows, as for :func:`mmd2`.
+    origins, classes : sequence of n, optional
+        Images that each sample shows, and its class, as for :func:`mmd2`.
 
     Returns
     -------
@@ -196,12 +205,77 @@ def kid_floor(
         raise ValueError(f"x has {len(x)} samples: two disjoint halves need at least 4")
     size = _subset_size(subset_size, len(x) // 2, n_subsets, share=1)
     both = None if origins is None else (origins, origins)
-    found = []
-    for _ in range(n_subsets):
-        order = rng.permutation(len(x))
-        i, j = order[:size], order[size : 2 * size]
-        found.append(mmd2(x[i], x[j], origins=_of_subsets(both, i, j)))
-    return Estimate(float(np.mean(found)), float(np.std(found)), size, n_subsets)
+    members, shares = _members(None if classes is None else (classes, classes), (len(x),) * 2)
+    halves = (_parts(members[0], shares, size, 2, rng) for _ in range(n_subsets))
+    return _over_subsets(x, x, halves, both, members, shares, size)
+
+
+def _members(classes, sizes: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Class of each sample, (n, C) and (m, C) of 0 and 1, and shares (C,) of those of the second.
+
+    Without classes all samples are of one.
+    """
+    if classes is None:
+        return [np.ones((n, 1)) for n in sizes], np.ones(1)
+    given = tuple(map(len, classes))
+    if given != sizes:
+        raise ValueError(f"classes of {given} samples for {sizes}: give those of every sample")
+    names = np.unique(classes[1])
+    members = [(np.asarray(each)[:, None] == names).astype(float) for each in classes]
+    for side, each in zip("xy", members, strict=True):
+        if (few := each.sum(0) < 2).any():
+            raise ValueError(
+                f"{side} has fewer than two samples of class '{names[few][0]}': "
+                "give more images, or leave the class out of y"
+            )
+    return members, members[1].mean(0)
+
+
+def _parts(members, shares, size: int, n: int, rng) -> list[np.ndarray]:
+    """Rows of `n` disjoint subsets of about `size` samples with the classes in their shares."""
+    order = rng.permutation(len(members))
+    if len(shares) == 1:
+        return [order[i * size : (i + 1) * size] for i in range(n)]
+    rows = [order[members[order, c] > 0] for c in range(len(shares))]
+    wanted = [
+        max(2, min(round(size * share), len(own) // n))
+        for share, own in zip(shares, rows, strict=True)
+    ]
+    parts = [[own[i * k : (i + 1) * k] for own, k in zip(rows, wanted, strict=True)]
+             for i in range(n)]  # fmt: skip
+    return [np.concatenate(part) for part in parts]
+
+
+def _over_subsets(x, y, halves, origins, members, shares, size: int) -> Estimate:
+    """Estimate from the rows of x and of y of each subset; those without pairs do not count."""
+    found = np.array(
+        [
+            _mmd2(x[i], y[j], _of_subsets(origins, i, j), (members[0][i], members[1][j]), shares)
+            for i, j in halves
+        ]
+    )
+    found = found[np.isfinite(found)]
+    if not len(found):
+        raise ValueError(_NO_PAIRS)
+    return Estimate(float(found.mean()), float(found.std()), size, len(found))
+
+
+def _mmd2(x, y, origins, members, shares) -> float:
+    """As :func:`mmd2`; NaN where two classes have no pair of unrelated samples."""
+    n, m = len(x), len(y)
+    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
+    if origins is not None:
+        of_x, of_y = _memberships(*origins, (n, m))
+        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
+            same |= (a @ b.T).toarray() > 0
+    of_x, of_y = members
+    within_x, within_y, across = (
+        _mean_of_others(polynomial_kernel(a, b), same, u, v, shares)
+        for (a, u), (b, v), same in zip(
+            ((x, of_x), (y, of_y), (x, of_x)), ((x, of_x), (y, of_y), (y, of_y)), alike, strict=True
+        )
+    )
+    return within_x + within_y - 2 * across
 
 
 def stratified(
@@ -533,11 +607,12 @@ def _memberships(of_x, of_y, sizes: tuple[int, int]) -> tuple[csr_array, csr_arr
     return tables[0], tables[1]
 
 
-def _mean_of_others(kernel: np.ndarray, alike: np.ndarray) -> float:
-    """Mean of a kernel over the pairs that are not alike."""
-    if alike.all():
-        raise ValueError("every pair of samples shares an image: give samples of more images")
-    return float(kernel[~alike].mean())
+def _mean_of_others(kernel, alike, rows, columns, shares) -> float:
+    """Mean of a kernel over the pairs that are not alike, classes weighted by their shares."""
+    counts = rows.T @ ~alike @ columns
+    if not counts.all():
+        return float("nan")
+    return float(shares @ (rows.T @ (kernel * ~alike) @ columns / counts) @ shares)
 
 
 def _features(x, name: str) -> np.ndarray:

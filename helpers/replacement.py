@@ -45,6 +45,7 @@ __all__ = [
     "effective_sources",
     "paste",
     "paste_again",
+    "shown_in",
     "unknown_region",
 ]
 
@@ -185,6 +186,50 @@ def paste_again(
         removed = target if repainted else here
         pasted = (pasted & ~removed) | here
     return out, pasted
+
+
+def shown_in(
+    pool: Pool,
+    row: int,
+    replacements: Sequence[Mapping[str, Any]],
+    *,
+    margin: float = 0.0,
+) -> set[str]:
+    """Images whose pixels the box of a segment shows after replacements in its image.
+
+    Parameters
+    ----------
+    pool : Pool
+    row : int
+        The segment, as a row of the pool.
+    replacements : sequence of mapping
+        Of :attr:`Composite.replacements` of its image, or of a record of provenance.
+    margin : float
+        How far a pasted segment may go beyond its outline and its target's, such as ``seam[0]``
+        of :func:`paste`, pixels.
+
+    Returns
+    -------
+    set of str
+        The image itself, and that of every source whose box, where it was placed, or whose
+        target's box meets that of the segment.
+    """
+    start, stop = _corners(pool, row)
+    shown = {str(pool.table["image_id"].iat[row])}
+    for done in replacements:
+        affine = np.asarray(done["affine"])
+        (x0, y0), (x1, y1) = _corners(pool, done["source_row"])
+        placed = np.array([(x0, y0), (x1, y0), (x0, y1), (x1, y1)]) @ affine[:, :2].T + affine[:, 2]
+        reached = np.concatenate([placed, _corners(pool, done["target_row"])])
+        if (reached.min(0) - margin <= stop).all() and (reached.max(0) + margin >= start).all():
+            shown.add(done["source_image"])
+    return shown
+
+
+def _corners(pool: Pool, row: int) -> np.ndarray:
+    """First and last pixel of a segment's box, (2, 2), XY."""
+    x, y, w, h = pool.table[["x", "y", "w", "h"]].iloc[row].to_numpy(float)
+    return np.array([[x, y], [x + w - 1, y + h - 1]])
 
 
 def unknown_region(
@@ -417,13 +462,20 @@ class _Work:
         low, high = self.options.sizes
         if pool.table["border"].iat[target]:  # a larger source may go on beyond the border
             high = np.inf
-        for _ in range(self.options.tries):
-            source = sampler.draw(target, rng, size_range=(low, high))
+        tried: list[int] = []
+        while len(tried) < self.options.tries:
+            try:
+                source = sampler.draw(target, rng, size_range=(low, high), without=tried)
+            except CompositeError:
+                if not tried:
+                    raise
+                return False
             cut = sampler.at_border(source)
             place = self.options.place_at_border if cut else self.options.place
             if self._put(pool, target, target_mask, source, place, get_image):
                 return True
             sampler.undo(source)
+            tried.append(source)
         return False
 
     def _put(

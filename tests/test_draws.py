@@ -261,6 +261,28 @@ def test_state_continues_a_run_exactly():
         Sampler(toy_pool(seed=1)[0]).restore(state)
 
 
+def test_what_was_tried_before_is_left_out_and_the_rest_keeps_its_odds():
+    """First of those that fit in draws without replacement: Eq. 1 among those that fit."""
+    pool, _ = toy_pool(p=2)
+    sampler = Sampler(pool, penalty=0)
+    rows, log_p = sampler.log_probabilities(0)
+    possible = rows[np.isfinite(log_p)]
+    fitting = possible[1::2]
+    rng, n, found = np.random.default_rng(0), 4000, []
+    for _ in range(n):
+        tried = []
+        while not tried or tried[-1] not in fitting:
+            tried.append(sampler.draw(0, rng, without=tried))
+            sampler.undo(tried[-1])
+        assert len(set(tried)) == len(tried)
+        found.append(tried[-1])
+    p = np.exp(log_p[np.isin(rows, fitting)])
+    counts = [found.count(row) for row in fitting]
+    assert stats.chisquare(counts, n * p / p.sum()).pvalue > 1e-3
+    with pytest.raises(CompositeError, match="no segment may replace"):
+        sampler.draw(0, rng, without=possible.tolist())
+
+
 def test_undo():
     pool, _ = toy_pool()
     sampler = Sampler(pool)
@@ -279,6 +301,9 @@ def test_nobody_left_is_a_clear_error():
         sampler = Sampler(pool, exclude_own_image=False)
         sampler.draw(0, np.random.default_rng(0), size_range=(90, np.inf))
     assert Sampler(pool, exclude_own_image=False).draw(0, np.random.default_rng(0)) in (1, 2)
+    single, _ = toy_pool(1, 1)
+    with pytest.raises(CompositeError, match="the only one of class 'a'; add images of this class"):
+        Sampler(single).draw(0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="cut_sources='never' is unknown: use one of at_border"):
         Sampler(pool, cut_sources="never")
     with pytest.raises(ValueError, match="penalty=-1"):

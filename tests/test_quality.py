@@ -1,5 +1,7 @@
 """Kernel distance against torchmetrics and a literal double sum; the seam on known outlines."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,72 @@ def test_samples_of_the_same_images_are_no_better_than_samples_of_others():
     assert np.mean(plain) > error[0]  # crops of one image count as many
     assert abs(np.mean(aware)) < error[1]
     assert abs(np.mean(floors)) < error[2]
+
+
+def test_classes_weigh_the_pairs_of_each_two_by_their_shares(features):
+    """Literally, pair by pair; samples of x of a class that y has not are left out."""
+    x, y = features
+    rng = np.random.default_rng(3)
+    in_x = np.array(["a", "b", "c"])[np.arange(len(x)) % 3]
+    in_y = np.array(["a", "a", "b"])[np.arange(len(y)) % 3]
+    of_x, of_y = ([{str(o)} for o in rng.integers(0, 9, len(z))] for z in (x, y))
+
+    def mean(u, v, of_u, of_v, in_u, in_v):
+        total = 0.0
+        for one, other in itertools.product("ab", "ab"):
+            pairs = [
+                (u[i] @ v[j] / u.shape[1] + 1) ** 3
+                for i in np.flatnonzero(in_u == one) for j in np.flatnonzero(in_v == other)
+                if not of_u[i] & of_v[j] and not (u is v and i == j)
+            ]  # fmt: skip
+            total += (in_y == one).mean() * (in_y == other).mean() * np.mean(pairs)
+        return total
+
+    expected = (
+        mean(x, x, of_x, of_x, in_x, in_x)
+        + mean(y, y, of_y, of_y, in_y, in_y)
+        - 2 * mean(x, y, of_x, of_y, in_x, in_y)
+    )
+    found = quality.mmd2(x, y, origins=(of_x, of_y), classes=(in_x, in_y))
+    assert found == pytest.approx(expected)
+    one = ["a"] * len(x), ["a"] * len(y)
+    assert quality.mmd2(x, y, classes=one) == pytest.approx(quality.mmd2(x, y))
+    with pytest.raises(ValueError, match="x has fewer than two samples of class 'd'"):
+        quality.mmd2(x, y, classes=(in_x, ["d"] * len(y)))
+    with pytest.raises(ValueError, match="classes of"):
+        quality.mmd2(x, y, classes=(in_x[1:], in_y))
+
+
+def test_pairs_left_out_within_classes_do_not_change_the_mixture():
+    """Samples of one distribution, of two classes, half of whose images are shared in y."""
+    rng = np.random.default_rng(4)
+    plain, weighted, subsets, floors = [], [], [], []
+    for _ in range(120):
+        label = np.arange(48) // 24
+        x, y = (3.0 * label[:, None] + rng.normal(size=(48, 4)) for _ in range(2))
+        of_x = [{f"x{i}"} for i in range(48)]
+        of_y = [{f"y{c} {o}" for o in rng.choice(6, 2, replace=False)} for c in label]
+        given = {"origins": (of_x, of_y), "classes": (label, label)}
+        plain.append(quality.mmd2(x, y, origins=(of_x, of_y)))
+        weighted.append(quality.mmd2(x, y, **given))
+        subsets.append(quality.kid(x, y, n_subsets=2, rng=rng, **given).mean)
+        floors.append(quality.kid_floor(x, n_subsets=2, classes=label, rng=rng).mean)
+    assert np.mean(plain) < -5 * np.std(weighted)  # as if closer than real to real
+    for found in (weighted, subsets, floors):
+        assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found))
+
+
+def test_subsets_without_unrelated_samples_do_not_count(features):
+    x = features[0][:12]
+    label = ["a"] * 6 + ["b"] * 6
+    # Of class a, three samples of either of two images: some subsets hold one of them alone.
+    of = [{f"a{i % 2}"} for i in range(6)] + [{f"b{i}"} for i in range(6)]
+    given = {"origins": (of, of), "classes": (label, label)}
+    found = quality.kid(x, x, subset_size=4, rng=np.random.default_rng(0), **given)
+    assert 1 < found.n_subsets < 50 and np.isfinite(found.mean)
+    alone = [{"a"}] * 6 + of[6:]
+    with pytest.raises(ValueError, match="of all or of two classes"):
+        quality.kid(x, x, origins=(alone, of), classes=(label, label), rng=np.random.default_rng(0))
 
 
 def test_real_samples_are_drawn_in_the_mixture_of_the_others():

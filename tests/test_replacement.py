@@ -245,8 +245,8 @@ def test_only_sources_that_can_fit_are_drawn(monkeypatch):
     areas, drawn = pool.table["area"].to_numpy(), []
     draw = Sampler.draw
 
-    def watched(self, target, rng, *, size_range):
-        row = draw(self, target, rng, size_range=size_range)
+    def watched(self, target, rng, *, size_range, without):
+        row = draw(self, target, rng, size_range=size_range, without=without)
         drawn.append((areas[row] / areas[target], self.pool.table["border"].iat[target]))
         return row
 
@@ -426,6 +426,27 @@ def test_records_paste_the_same_again(gap):
     assert (hard != made.image).any()
 
 
+@pytest.mark.parametrize(("gap", "seam"), [("inpaint", (0, 0)), ("context", (4, 1))])
+def test_a_crop_shows_its_image_and_the_sources_that_reach_it(gap, seam):
+    """Literally: every image has a colour of its own, and the colours in the crop are counted."""
+    pool, _ = toy_pool(8, 6, classes=("a",), size=144)
+    images = {f"im{i}": np.full((144, 144, 3), 10 + 30 * i, np.uint8) for i in range(8)}
+    made = rep.compose(
+        images["im0"], "im0", pool, Sampler(pool), images.get, rng=np.random.default_rng(0),
+        stain="none", gap=gap, seam=seam, feather=0.0, area_range=(0.1, 1.0),
+    )  # fmt: skip
+    assert len(made.replacements) > 2
+    found = []
+    for row in pool.of_image("im0"):
+        x, y, w, h = pool.table[["x", "y", "w", "h"]].iloc[row]
+        values = np.unique(made.image[y : y + h, x : x + w])
+        colours = {f"im{(value - 10) // 30}" for value in values}
+        shown = rep.shown_in(pool, row, made.replacements, margin=seam[0])
+        assert colours | {"im0"} <= shown
+        found.append(len(shown))
+    assert min(found) < 1 + len({done["source_image"] for done in made.replacements})
+
+
 def test_a_paste_out_of_the_frame_pastes_nothing():
     image = np.full((60, 80, 3), 90, np.uint8)
     mask = ellipse(40, 30, 12, 9, 0, (60, 80))
@@ -470,6 +491,23 @@ def test_a_target_is_tried_again_and_only_what_was_used_counts(tries, monkeypatc
     with pytest.raises(ValueError, match="tries=0"):
         rep.compose(images["im0"], "im0", pool, sampler, images.get,
                     rng=np.random.default_rng(0), tries=0)  # fmt: skip
+
+
+def test_a_target_is_given_up_when_every_source_was_tried(monkeypatch):
+    pool, images = toy_pool(12, 7)
+    sampler = Sampler(pool)
+    drawn, draw = [], sampler.draw
+    monkeypatch.setattr(rep, "iou", lambda a, b: 0.0)
+    monkeypatch.setattr(sampler, "draw", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    with pytest.raises(CompositeError, match="0 of"):
+        rep.compose(
+            images["im0"], "im0", pool, sampler, images.__getitem__, stain="none",
+            rng=np.random.default_rng(0), min_fit=0.5, tries=1000,
+        )  # fmt: skip
+    targets = pool.of_image("im0")
+    possible = [sampler.allowed(t, pool.of_class(pool.table["label"][t])).sum() for t in targets]
+    assert len(drawn) == sum(possible)  # each of them once for each target
+    assert (sampler.w == 1).all()
 
 
 def test_pasted_is_what_the_image_shows_of_sources():
