@@ -3,7 +3,7 @@
 #   make book DATASET=glas DATA_ROOT=PATH       the same on other images
 #   make book PRESET=paper DATASET=kbsmc-colon DATA_ROOT=PATH
 
-PRESET    ?= tutorial
+PRESET    ?=
 DATASET   ?=
 DATA_ROOT ?=
 RUN       ?=
@@ -26,7 +26,7 @@ ifneq ($(shell $(PY) -c 'import os, sys; print(os.path.samefile(sys.prefix, "$(V
 BROKEN := broken-environment
 endif
 
-EXECUTE = $(PY) -m helpers.execute --preset "$(PRESET)" $(if $(RUN),--run "$(RUN)") \
+EXECUTE = $(PY) -m helpers.execute $(if $(PRESET),--preset "$(PRESET)") $(if $(RUN),--run "$(RUN)") \
 	$(if $(DATASET),--dataset "$(DATASET)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -36,7 +36,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
 		awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 	@echo
-	@echo "  variables: PRESET=smoke|tutorial|paper  DATASET=name  DATA_ROOT=folder  RUN=name"
+	@echo "  variables: PRESET=smoke|tutorial|paper (tutorial, or that of RUN)  DATASET=name  DATA_ROOT=folder  RUN=name"
 	@echo "             ARGS='--only 05 -p steps 100'  PYTHON=python3.12"
 
 env: $(STAMP) ## set up .venv

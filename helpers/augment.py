@@ -1,9 +1,9 @@
 """Augmentation: the traditional kind, its mixing relatives, and synthesis by segment replacement.
 
-Synthesis goes in two strides. Composing (:func:`compose_all`) is cheap and sequential, since each
-draw changes the weights of the next; healing (:func:`synthesise`) is dear and independent from one
-image to the next. A run that was killed composes everything again, which takes milliseconds an
-image, and heals only what is missing: the result is the same bit for bit.
+Synthesis goes in two strides. Composing (:func:`compose_all`) is sequential, since each draw
+changes the weights of the next; healing (:func:`synthesise`) is dear with many steps, and
+independent from one image to the next. A run that was killed composes everything again, a few
+tenths of a second an image, and heals only what is missing: the result is the same bit for bit.
 """
 
 from __future__ import annotations

@@ -379,6 +379,10 @@ class ClassifierEvaluation(WithDevice):
         BeforeValidator(_as_tuple),
         Field(min_length=1, description="networks compared"),
     ]
+    classifier_weights: Annotated[
+        Literal["default", "hub", "random"],
+        Field(description="start: those of a package or of chapter 03, of ImageNet by download"),
+    ]
     conditions: Annotated[
         tuple[Literal["real", "cutout", "mixup", "cutmix", "pasted", "ours"], ...],
         BeforeValidator(_as_tuple),
@@ -514,7 +518,11 @@ def build(chapter: str, values: Mapping[str, Any]) -> Common:
 def checkpoint_paths(params: Common) -> dict[str, str]:
     """Checkpoints that a chapter is to load from a path, by parameter, without those of a name."""
     given = {name: getattr(params, name, None) for name in CHECKPOINTS}
-    return {name: path for name, path in given.items() if path and path not in CHECKPOINTS[name]}
+    return {
+        name: path
+        for name, path in given.items()
+        if path and path not in CHECKPOINTS[name] and not path.startswith("hf-hub:")
+    }
 
 
 def missing_files(params: Common) -> list[str]:

@@ -63,10 +63,21 @@ def preset(name: str) -> dict[str, Any]:
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yml")))
         raise FileNotFoundError(f"no preset {name!r}: there are {there}, or give a .yml file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a preset is a flat mapping 'name: value', one a line")
     return values
+
+
+def _yaml(text: str, where: str) -> Any:
+    """Value of a YAML text; an error that says where it came from."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where}: this is no YAML value ({reason}); quote or correct it"
+        ) from None
 
 
 def parameters_cell(chapter: str) -> dict[str, Any]:
@@ -387,7 +398,10 @@ def resolve(
     ValueError
         If a parameter is wrong, or the run was made from other data and ``--force`` is not given.
     """
-    options = {name: yaml.safe_load(value) for name, value in arguments.p}
+    options = {name: _yaml(value, f"-p {name} {value}") for name, value in arguments.p}
+    for name, value in arguments.p:
+        if name in ("run", "data_root") and options[name] is not None:
+            options[name] = value  # 7 is a name as well
     if arguments.dataset:
         options["dataset"] = arguments.dataset
     if arguments.data_root:
@@ -431,10 +445,10 @@ def _same_data(run: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> No
 
 def _existing(folder: str) -> Path:
     path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
+    if not (path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())):
         raise FileNotFoundError(
-            f"data_root={folder!r} is no folder (looked at {path}): correct the path, or see "
-            "data/README.md for where to download the data set"
+            f"data_root={folder!r} is no folder, nor a table of images ending in .csv (looked at "
+            f"{path}): correct the path, or see data/README.md for where to download the data set"
         )
     return path
 

@@ -424,12 +424,12 @@ class Stage:
         written = (p for p in sorted(self._partial.iterdir()) if p.name != ".key")
         outputs = {path.name: _hashes.any(path) for path in written}
         dump(self._partial / "manifest.json", self._manifest() | {"outputs": outputs})
-        (self._partial / ".key").unlink(missing_ok=True)
-        old = self._final.with_name(f".{self.chapter}.old")
         if self._final.exists():
-            os.replace(self._final, old)
+            shutil.rmtree(self._old, ignore_errors=True)
+            os.replace(self._final, self._old)
         os.replace(self._partial, self._final)
-        shutil.rmtree(old, ignore_errors=True)
+        (self._final / ".key").unlink(missing_ok=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         self._finished_now = True
         if held := _LOCKS.pop(self._lock_file, None):
             held.close()
@@ -462,6 +462,10 @@ class Stage:
     def _partial(self) -> Path:
         return self.folder / f".{self.chapter}.partial"
 
+    @property
+    def _old(self) -> Path:
+        return self.folder / f".{self.chapter}.old"
+
     @cached_property
     def _records(self) -> pd.DataFrame:
         text = ("image_id", "label", "split", "patient", "site", "dataset")
@@ -491,9 +495,9 @@ class Stage:
     def _open(self) -> None:
         """Take up half-done work of the same parameters, predecessors and code, or start afresh."""
         _lock(self._lock_file)
-        old = self._final.with_name(f".{self.chapter}.old")
-        if old.exists() and not self._final.exists():  # killed between the two moves of finish
-            os.replace(old, self._final)
+        if self._old.exists() and not self._final.exists():  # killed between two moves of finish
+            os.replace(self._old, self._final)
+        shutil.rmtree(self._old, ignore_errors=True)
         manifests = [self.folder / need / "manifest.json" for need in NEEDS[self.chapter]]
         state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
         state += [json.dumps(self._code, sort_keys=True), _source(self.chapter)]
@@ -602,9 +606,16 @@ def peak_memory() -> float:
 
 
 def _data(params: config.Common) -> str | None:
-    """Hash of what a chapter takes from outside: the data folder, and checkpoints given by path."""
-    folder = getattr(params, "data_root", None)
-    found = [_listing(Path(folder))] if folder and Path(folder).is_dir() else []
+    """Hash of what a chapter takes from outside: the data, and checkpoints given by path.
+
+    A table of images counts with what lies in its folder.
+    """
+    root = getattr(params, "data_root", None)
+    found = []
+    if root and Path(root).is_file():
+        found, root = [_hashes.any(Path(root))], Path(root).parent
+    if root and Path(root).is_dir():
+        found.append(_listing(Path(root)))
     paths = map(Path, config.checkpoint_paths(params).values())
     found += [_hashes.any(path) for path in paths if path.exists()]
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None

@@ -152,6 +152,10 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
     )
 
 
+#: Up to so many ways to swap two methods patient by patient, all are gone through.
+_ALL_SWAPS = 4096
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Difference of a metric between two methods on the same images.
@@ -193,7 +197,8 @@ def paired_bootstrap(
     training seeds with them; both methods are scored on the same draw.
     The p-value comes from a permutation test [2]_: if the methods are equally good, their
     predictions for a patient may be swapped. It keeps its level with few patients, where an
-    interval by bootstrap is too narrow: with n of them it is at least 2^(1-n).
+    interval by bootstrap is too narrow: with n of them it is at least 2^(1-n). With up to twelve
+    patients it is exact.
 
     Parameters
     ----------
@@ -209,7 +214,7 @@ def paired_bootstrap(
     metric : str
         One of :data:`METRICS`.
     n_boot : int
-        Bootstrap samples, and random swaps.
+        Bootstrap samples, and random swaps where there are more than that, and than 4096.
     level : float
         Coverage of the interval, in (0, 1).
     rng : numpy.random.Generator
@@ -250,8 +255,9 @@ def paired_bootstrap(
     sample = _difference(a, b, patients, metric, seeds)
     low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
     difference = float(_difference(a, b, np.ones((1, len(names)), int), metric)[0])
-    null = _swapped(a, b, rng.integers(0, 2, (n_boot, len(names))), metric)
-    p = (1 + (np.abs(null) >= abs(difference) - 1e-12).sum()) / (n_boot + 1)
+    swaps, known = _swaps(len(names), n_boot, rng)
+    null = _swapped(a, b, swaps, metric)
+    p = (known + (np.abs(null) >= abs(difference) - 1e-12).sum()) / (known + len(null))
     return Comparison(difference, float(low), float(high), float(p), len(names))
 
 
@@ -342,6 +348,17 @@ def _difference(
     first, second = (np.einsum("bg,sgij->bsij", draws, x, optimize=True) for x in (a, b))
     gain = scores_from_confusion(second)[metric] - scores_from_confusion(first)[metric]
     return gain.mean(1) if seeds is None else np.average(gain, axis=1, weights=seeds)
+
+
+def _swaps(n: int, n_boot: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Patients to swap, (k, n) of 0 and 1, and how many results are known beside them.
+
+    All of them where there are few, which makes the p-value exact; else random ones, with the
+    difference found as one more.
+    """
+    if 2**n <= max(n_boot, _ALL_SWAPS):
+        return np.arange(2**n)[:, None] >> np.arange(n) & 1, 0
+    return rng.integers(0, 2, (n_boot, n)), 1
 
 
 def _swapped(a: np.ndarray, b: np.ndarray, swaps: np.ndarray, metric: str) -> np.ndarray:

@@ -169,6 +169,7 @@ def test_a_missing_predecessor_is_named(project):
         ),
         (["-p", "sam_checkpoint", "vitb"], "did you mean 'vit_b'"),
         (["-p", "extractor_path", "c.pth"], "extractor_path = 'c.pth': there is no such file;"),
+        (["-p", "sigma", "[2"], "-p sigma [2: this is no YAML value ("),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, said, run_root, capsys):
@@ -191,6 +192,39 @@ def test_a_run_keeps_its_data_set_with_and_without_a_preset(run_root, tmp_path):
     with pytest.raises(ValueError, match=r"made from other data \(folder, .*\) .*--force"):
         resolved("--dataset", "phantom")
     assert resolved("--dataset", "phantom", "--force")[1]["dataset"] == "phantom"
+
+
+def test_make_leaves_the_preset_to_the_run():
+    """`make book RUN=...` takes a run up again as it was made, unless a preset is given."""
+
+    def called(*given):
+        done = subprocess.run(
+            ["make", "--dry-run", "run", "RUN=mine", *given],
+            cwd=execute.runs.REPOSITORY, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    assert "--run" in called() and "--preset" not in called()
+    assert '--preset "paper"' in called("PRESET=paper")
+
+
+def test_names_that_look_like_numbers_are_names(run_root, tmp_path):
+    data = tmp_path / "7"
+    data.mkdir()
+    given = ["--preset", "smoke", "--dataset", "folder", "-p", "run", "007"]
+    run, found, _, _ = execute.resolve(execute._parse([*given, "-p", "data_root", str(data)]))
+    assert run == "007" and found["run"] == "007" and found["data_root"] == str(data)
+    with pytest.raises(FileNotFoundError, match="data_root='7' is no folder"):
+        execute.resolve(execute._parse([*given, "-p", "data_root", "7"]))
+
+
+def test_a_table_of_images_may_be_the_data(run_root, tmp_path):
+    table = tmp_path / "mine.csv"
+    given = ["--preset", "smoke", "--dataset", "folder", "--data-root", str(table)]
+    with pytest.raises(FileNotFoundError, match="no folder, nor a table"):
+        execute.resolve(execute._parse(given))
+    table.write_text("path,label\n")
+    assert execute.resolve(execute._parse(given))[1]["data_root"] == str(table)
 
 
 def images_of(run_root, classes, **counts):
@@ -244,6 +278,9 @@ def test_a_preset_that_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "x.yml"
     path.write_text("- a\n")
     with pytest.raises(ValueError, match="flat mapping"):
+        execute.preset(str(path))
+    path.write_text("steps:\t- 5\n\t: [")
+    with pytest.raises(ValueError, match=r"x\.yml: this is no YAML value"):
         execute.preset(str(path))
 
 

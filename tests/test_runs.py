@@ -173,6 +173,27 @@ def test_a_kill_between_the_moves_of_finish_is_mended(run_root, source):
     assert (run_root / "r" / TISSUE / "results.json").exists()
 
 
+@pytest.mark.parametrize("while_it_runs", [False, True])
+def test_leftovers_of_an_older_run_do_no_harm(run_root, source, while_it_runs):
+    """Of a process that was killed while it removed what a chapter had been before."""
+    finish_tissue()
+    old = run_root / "r" / f".{TISSUE}.old"
+
+    def leave():
+        old.mkdir()
+        (old / "images.csv").write_text("x")
+
+    if not while_it_runs:
+        leave()
+    stage = runs.begin(TISSUE, params(TISSUE, seed=3))
+    if while_it_runs:
+        leave()
+    stage.path("images.csv").write_text("y")
+    stage.finish({"seed": 3})
+    assert runs.load(run_root / "r" / TISSUE / "results.json") == {"seed": 3}
+    assert not old.exists() and not (run_root / "r" / TISSUE / ".key").exists()
+
+
 def test_a_missing_predecessor_is_named_with_the_command(run_root, source):
     with pytest.raises(FileNotFoundError) as error:
         runs.begin(FIRST, params(FIRST))
@@ -269,6 +290,7 @@ def test_a_checkpoint_given_by_path_is_part_of_the_data(tmp_path):
         file.write_bytes(content)
         found.add(runs._data(given))
     assert len(found) == 2 and None not in found
+    assert runs._data(SimpleNamespace(extractor_path="hf-hub:owner/model")) is None
 
 
 def test_closure_follows_imports_inside_functions(source):
@@ -318,6 +340,15 @@ def test_a_change_in_the_data_folder_is_found(run_root, source, tmp_path):
     (data / "new.png").write_bytes(b"x")
     changed = runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))
     assert changed == (False, "data folder changed")
+
+
+def test_a_table_of_images_counts_with_what_lies_beside_it(tmp_path):
+    table = tmp_path / "images.csv"
+    found = set()
+    for name in ("images.csv", "images.csv", "a.png"):
+        (tmp_path / name).write_text(f"path,label {len(found)}")
+        found.add(runs._data(SimpleNamespace(data_root=str(table))))
+    assert len(found) == 3 and None not in found
 
 
 def test_every_chapter_says_what_it_needs():

@@ -134,7 +134,7 @@ def test_interval_covers_the_truth_and_resampling_images_would_not():
 
 
 @pytest.mark.parametrize("metric", statistics.METRICS)
-def test_p_is_that_of_all_swaps(metric):
+def test_p_is_that_of_all_swaps(metric, monkeypatch):
     """With five patients there are 32 ways to swap; here they are gone through one by one."""
     y, a = _predictions(11)
     b = np.where(np.random.default_rng(12).random(60) < 0.3, y, _predictions(13)[1])
@@ -152,10 +152,22 @@ def test_p_is_that_of_all_swaps(metric):
         at = np.array(swap)[groups]
         null.append(gain(np.where(at, b, a), np.where(at, a, b)))
     exact = np.mean(np.abs(null) >= abs(gain(a, b)) - 1e-12)
-    found = statistics.paired_bootstrap(
-        y, a, b, groups, labels=4, metric=metric, n_boot=4000, rng=np.random.default_rng(0)
-    )
-    assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3)
+    given = {"labels": 4, "metric": metric}
+    for n_boot in (1, 50):
+        found = statistics.paired_bootstrap(
+            y, a, b, groups, n_boot=n_boot, rng=np.random.default_rng(0), **given
+        )
+        assert found.p == pytest.approx(exact, abs=1e-12) and found.p >= 2.0**-4
+    monkeypatch.setattr(statistics, "_ALL_SWAPS", 1)  # random ones, as where there are many more
+    p = [
+        statistics.paired_bootstrap(
+            y, a, b, groups, n_boot=31, rng=np.random.default_rng(i), **given
+        ).p
+        for i in range(200)
+    ]
+    # One more than those drawn: (1 + 31 p) / 32 on average.
+    error = np.sqrt(exact * (1 - exact) / 31 / 200)
+    assert np.mean(p) == pytest.approx((1 + 31 * exact) / 32, abs=4 * error + 1e-12)
 
 
 @pytest.mark.parametrize("n_groups", [2, 4, 10])

@@ -4,8 +4,8 @@
 of a finished run, ``--run NAME`` on that of another. The first table warps whole segments in their
 own images, so that nothing but the warp can tell them from real ones; the second replaces segments
 with one setting of chapter 04 changed at a time, without any healing; the third mixes source and
-target along the same seams in other ways. Pairs of crops that show the same image are left out, as
-in chapter 06.
+target along the same seams in other ways. Pairs of crops that show the same image are left out, and
+classes weighted by their shares, as in chapter 06.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 from helpers import augment, config, execute, features, quality, runs
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
-from helpers.replacement import Composite, Sampler, effective_sources, paste
+from helpers.replacement import Composite, Sampler, effective_sources, paste, shown_in
 from helpers.seam import blend
 from helpers.stain import match_stain
 
@@ -108,9 +108,9 @@ def composed(
     return [p.composite for p in pieces if p.composite is not None], sampler
 
 
-def shown_in(composite: Composite) -> set[str]:
-    """Images whose pixels a composite shows."""
-    return {composite.image_id, *(done["source_image"] for done in composite.replacements)}
+def places(made: list[Composite]) -> list[tuple[Composite, int]]:
+    """Composite and row of the pool of every segment that was replaced."""
+    return [(c, done["target_row"]) for c in made for done in c.replacements]
 
 
 def replaced(
@@ -121,19 +121,18 @@ def replaced(
         start = time.perf_counter()
         made, sampler = composed(pool, classes, image, n, **change)
         seconds = time.perf_counter() - start
-        places = [(c, pool.mask(r["target_row"])) for c in made for r in c.replacements]
         before, after = (
-            embed(features.crop(getattr(c, what), mask) for c, mask in places)
+            embed(features.crop(getattr(c, what), pool.mask(row)) for c, row in places(made))
             for what in ("original", "image")
         )
         yield {
             "setting": name,
-            "before": distance(before, [{c.image_id} for c, _ in places]),
-            "replaced": distance(after, [shown_in(c) for c, _ in places]),
+            "before": distance(before, made),
+            "replaced": distance(after, made),
             "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
             "images": len(made),
             "sources": effective_sources(sampler.counts),
-            "crops": len(places),
+            "crops": len(after),
             "s/image": seconds / max(len(made), 1),
         }
 
@@ -213,13 +212,13 @@ def mixed(
             pictures.append(out)
             masks.append(pasted)
         crops = embed(
-            features.crop(picture, pool.mask(r["target_row"]))
+            features.crop(picture, pool.mask(row))
             for picture, c in zip(pictures, made, strict=True)
-            for r in c.replacements
+            for _, row in places([c])
         )
         yield {
             "mixed by": name,
-            "KID x 1000": distance(crops, [shown_in(c) for c in made for _ in c.replacements]),
+            "KID x 1000": distance(crops, made),
             "detected": quality.seam_detection(
                 pictures, originals, masks, groups=[c.image_id for c in made]
             ),
@@ -257,13 +256,16 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     real = embed(
         features.crop(image(name), pool.mask(int(i))) for i, name in zip(chosen, names, strict=True)
     )
-    own = [{name} for name in names]
+    own, labels = [{name} for name in names], pool.table["label"].iloc[chosen].tolist()
 
-    def distance(crops: np.ndarray, origins: list[set[str]]) -> float:
-        """Kernel distance x 1000 from real crops of other images."""
-        return 1000 * quality.mmd2(real, crops, origins=(own, origins))
+    def distance(crops: np.ndarray, made: list[Composite]) -> float:
+        """Kernel distance x 1000 of the crops of all places from real crops of other images."""
+        margin = settings()["seam"][0]
+        shown = [shown_in(pool, row, c.replacements, margin=margin) for c, row in places(made)]
+        classes = labels, [c.label for c, _ in places(made)]
+        return 1000 * quality.mmd2(real, crops, origins=(own, shown), classes=classes)
 
-    floor = quality.kid_floor(real, origins=own, rng=rng)
+    floor = quality.kid_floor(real, origins=own, classes=labels, rng=rng)
     print(f"{len(rows)} segments of {len(classes)} classes; real against real, x 1000: "
           f"{1000 * floor.mean:.1f}, standard deviation {1000 * floor.std:.1f} "
           f"at {floor.subset_size} crops")  # fmt: skip
@@ -277,9 +279,10 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
 
 
 def _drawable(pool: Pool, least: int = 5) -> list[str]:
-    """Classes that have more than hardly a whole segment to draw."""
+    """Classes that have more than hardly a whole segment to draw, and images to compare."""
     whole = pool.table.loc[~pool.table["border"], "label"].value_counts()
-    return [c for c in pool.classes if whole.get(c, 0) >= least]
+    images = pool.table.groupby("label")["image_id"].nunique()
+    return [c for c in pool.classes if min(whole.get(c, 0), images[c]) >= least]
 
 
 if __name__ == "__main__":
