@@ -35,6 +35,7 @@ from helpers.segment_table import (
 __all__ = [
     "ClassPca",
     "Pool",
+    "agreement_by_chance",
     "append",
     "build",
     "check_leakage",
@@ -482,6 +483,29 @@ def neighbour_agreement(
     agree = (labels[near] == labels[queries, None]) & found
     number = found.sum(axis=1)
     share = agree.sum(axis=1)[number > 0] / number[number > 0]
+    return float(share.mean()) if len(share) else float("nan")
+
+
+def agreement_by_chance(labels: Sequence[str], images: Sequence[str]) -> float:
+    """What :func:`neighbour_agreement` is if any segments of other images are the neighbours.
+
+    Parameters
+    ----------
+    labels, images : sequence of n str
+
+    Returns
+    -------
+    float
+        From 0 to 1; 0 where no two images share a label, NaN where there is one image only.
+    """
+    label, image = (
+        np.unique(np.asarray(each), return_inverse=True)[1] for each in (labels, images)
+    )
+    together = np.zeros((label.max() + 1, image.max() + 1))
+    np.add.at(together, (label, image), 1)
+    alike = together.sum(1)[label] - together[label, image]
+    others = len(label) - together.sum(0)[image]
+    share = alike[others > 0] / others[others > 0]
     return float(share.mean()) if len(share) else float("nan")
 
 

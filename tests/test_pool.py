@@ -249,6 +249,23 @@ def test_neighbours_are_those_of_a_search_in_loops(max_queries):
     assert got == pytest.approx(np.mean(kept))
 
 
+def test_agreement_by_chance_is_that_of_any_segment_of_another_image():
+    rng = np.random.default_rng(4)
+    images = rng.integers(0, 9, 60)
+    labels = np.array(list("abc"))[images % 3]
+    expected = np.mean(
+        [np.mean([labels[j] == labels[i] for j in range(60) if images[j] != images[i]])
+         for i in range(60)]
+    )  # fmt: skip
+    assert pooling.agreement_by_chance(labels, images) == pytest.approx(expected)
+    # All other segments as neighbours are those of chance.
+    features = rng.normal(size=(60, 3))
+    found = pooling.neighbour_agreement(features, labels, images, k=60)
+    assert found == pytest.approx(expected)
+    assert pooling.agreement_by_chance(images, images) == 0  # one image a patient
+    assert np.isnan(pooling.agreement_by_chance(labels, ["one"] * 60))
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 19, 40])
 def test_map_to_plane(n):
     features = np.random.default_rng(0).normal(size=(n, 6))

@@ -137,6 +137,22 @@ def replaced(
         }
 
 
+def nothing(real: np.ndarray, names, labels, rng: np.random.Generator, n: int = 40) -> None:
+    """Print the distance of real crops from other real ones, told that each has a source: 0."""
+    names, labels = np.asarray(names), np.asarray(labels)
+    images = {label: np.unique(names[labels == label]) for label in labels}
+    found: dict[str, list[float]] = {"classes weighted": [], "pairs left out only": []}
+    for _ in range(n):
+        y, x = np.split(rng.permutation(len(real)), [len(real) // 3])
+        origins = ([{names[i]} for i in x], [{names[i], rng.choice(images[labels[i]])} for i in y])
+        for way, classes in zip(found, ((labels[x], labels[y]), None), strict=True):
+            value = quality.mmd2(real[x], real[y], origins=origins, classes=classes)
+            found[way].append(1000 * value)
+    for way, values in found.items():
+        error = np.std(values) / np.sqrt(n)
+        print(f"real crops with a source each, {way}: {np.mean(values):.2f} +- {error:.2f}")
+
+
 # --- ways to mix ----------------------------------------------------------------------------------
 
 #: Of the Gaussian in the ways that have one, pixels: `feather` of chapter 04.
@@ -269,6 +285,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     print(f"{len(rows)} segments of {len(classes)} classes; real against real, x 1000: "
           f"{1000 * floor.mean:.1f}, standard deviation {1000 * floor.std:.1f} "
           f"at {floor.subset_size} crops")  # fmt: skip
+    nothing(real, names, labels, np.random.default_rng(1))
     print(warped(pool, rows, image, embed, rng).to_string(float_format="{:.2f}".format))
     table = pd.DataFrame(replaced(pool, classes, image, embed, distance, options.n_per_class))
     print(table.set_index("setting").to_string(float_format="{:.2f}".format))
