@@ -9,11 +9,14 @@ Splits never share a patient.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import warnings
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -37,6 +40,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 #: Smallest short side of an image file that is accepted, in pixels.
 MIN_SIDE = 32
+
+#: Longest image id, in characters: it is part of file names, of which most systems take 255 bytes.
+LONGEST_ID = 150
 
 #: Share of the images that go to train, val and test where a data set names no split.
 FRACTIONS = {"train": 0.6, "val": 0.15, "test": 0.25}
@@ -304,9 +310,15 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as picture:
+            coding = (str(picture.format).lower(), picture.info.get("compression"))
             labels = np.asarray(picture)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"label map {path} cannot be read ({error})") from None
+    if "jpeg" in coding:
+        raise ValueError(
+            f"label map {path} is coded as JPEG, which changes the numbers of the glands: save it "
+            "as PNG or TIFF, from the original."
+        )
     with _open(image_path) as picture:
         size = picture.size
     if labels.ndim != 2 or labels.shape != size[::-1]:
@@ -460,9 +472,8 @@ def _from_files(
     for column, value in (("patient", table["image_id"]), ("site", "A"), ("mask", None)):
         if column not in table:
             table[column] = value
-    table["patient"] = (
-        table["patient"].where(table["patient"].notna(), table["image_id"]).astype(str)
-    )
+    for column, value in (("patient", table["image_id"]), ("site", "A")):
+        table[column] = table[column].where(table[column].notna(), value).astype(str)
     if "split" not in table:
         table["split"] = split_by_patient(table["label"], table["patient"], rng=rng)
     _check_splits(name, classes, table)
@@ -544,12 +555,15 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _image_ids(paths: Sequence[Path]) -> list[str]:
-    """Names fit for files, unique, from relative paths."""
+    """Names fit for files, unique, from relative paths; long ones end with a hash of the path."""
     used: Counter = Counter()
     ids = []
     for path in paths:
         text = "__".join(path.with_suffix("").parts)
         text = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._") or "image"
+        if len(text) > LONGEST_ID:
+            mark = hashlib.sha256(path.as_posix().encode()).hexdigest()[:8]
+            text = f"{text[: LONGEST_ID - 9]}-{mark}"
         used[text.lower()] += 1
         n = used[text.lower()]
         ids.append(text if n == 1 else f"{text}--{n}")
@@ -678,26 +692,32 @@ def _class_order(folder: Path, found: list[str]) -> tuple[str, ...]:
 
 
 def _walk_classes(root: Path) -> pd.DataFrame:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = _folders(root)
     if not folders:
         raise ValueError(f"{root} has no class folders and no CSV. {_WHERE['folder']}")
-    splits = {p.name for p in folders} <= set(SPLITS)
-    rows, passed = [], []
+    splits = _are_splits(root, folders)
+    rows, passed = [], _pictures(root)
     for folder in folders:
-        groups = sorted(p for p in folder.iterdir() if p.is_dir()) if splits else [folder]
+        groups = _folders(folder) if splits else [folder]
+        if splits:
+            passed += _others(folder, groups)
         for group in groups:
             files = _pictures(group)
-            others = sorted(set(group.iterdir()) - set(files))
-            passed += [p for p in others if not p.name.startswith(".")]
+            passed += _others(group, files)
             if not files:
                 raise ValueError(
                     f"class folder {group} has no images ({', '.join(SUFFIXES)}): add some or "
                     "remove the folder."
                 )
             rows += [(str(p), group.name, folder.name) for p in files]
+    if not rows:
+        raise ValueError(
+            f"{root} has the split folders {_names(folders)}, but no class folders in them: sort "
+            "the images into root/<split>/<class>/*.png."
+        )
     if passed:
         warnings.warn(
-            f"{len(passed)} files and folders inside the class folders are passed over, e.g. "
+            f"{len(passed)} files and folders are passed over, e.g. "
             f"{passed[0].relative_to(root)}: only {', '.join(SUFFIXES)} directly in a class folder "
             "are read",
             stacklevel=4,
@@ -706,13 +726,46 @@ def _walk_classes(root: Path) -> pd.DataFrame:
     return table if splits else table.drop(columns="split")
 
 
+def _are_splits(root: Path, folders: list[Path]) -> bool:
+    """Whether all folders are splits, by name; a mixture of splits and classes is refused."""
+    others = [p for p in folders if p.name not in SPLITS]
+    nested = any(_folders(p) and not _pictures(p) for p in folders)
+    if others and (nested or len(others) < len(folders)):
+        raise ValueError(
+            f"{root} has the folders {_names(folders)}, which are neither all splits nor all "
+            f"classes. Splits must be called {', '.join(SPLITS)} and hold one folder a class; "
+            "classes must have other names and hold images. Rename or move what does not fit."
+        )
+    return not others
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _others(folder: Path, known: list[Path]) -> list[Path]:
+    return sorted(p for p in set(folder.iterdir()) - set(known) if not p.name.startswith("."))
+
+
+def _names(folders: list[Path]) -> str:
+    return ", ".join(p.name for p in folders)
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=str, skipinitialspace=True, **_ONLY_EMPTY)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a CSV table ({error})") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a CSV table ({error}): save it as UTF-8, separated by "
+            "commas."
+        ) from None
     table.columns = [str(c).strip() for c in table.columns]
     missing = [c for c in ("path", "label") if c not in table]
+    if missing and re.search("[;\t\0]", "".join(table.columns)):
+        raise ValueError(
+            f"{path} has the first line {','.join(table.columns)!r}, whose columns cannot be told "
+            "apart: save it as UTF-8, separated by commas."
+        )
     if missing:
         raise ValueError(
             f"{path} has the columns {list(table.columns)}, but {' and '.join(missing)} "
@@ -730,26 +783,32 @@ def _read_csv(path: Path) -> pd.DataFrame:
             )
     table = table[[c for c in _CSV_COLUMNS if c in table]]
     table = table.apply(lambda column: column.str.strip())
+    table = table.mask(table == "")
     for column in ("path", "label", *(c for c in ("split", "patient") if c in table)):
-        hole = table[column].isna() | (table[column] == "")
-        if hole.any():
-            line = int(np.flatnonzero(hole)[0]) + 2
+        if table[column].isna().any():
+            line = int(np.flatnonzero(table[column].isna())[0]) + 2
             raise ValueError(
                 f"{path}, line {line}: {column} is empty; fill it in, or remove the "
                 "column if it is optional."
             )
-    for column in ("path", "mask"):
+    for column, kind in (("path", "image file"), ("mask", "label map")):
         if column in table:
             table[column] = [
-                str(path.parent / p) if isinstance(p, str) and p else None for p in table[column]
+                _named_file(path, line, kind, text) if isinstance(text, str) else None
+                for line, text in enumerate(table[column], start=2)
             ]
-    for line, p in enumerate(table["path"], start=2):
-        if not Path(p).is_file():
-            raise FileNotFoundError(f"{path}, line {line}: image file {p} does not exist.")
     twice = table["path"][table["path"].duplicated()]
     if len(twice):
         raise ValueError(f"{path} names {Path(twice.iloc[0]).name} twice: one line an image.")
     return table
+
+
+def _named_file(table: Path, line: int, kind: str, text: str) -> str:
+    """Path of a file that a table names, also as Windows writes it."""
+    for written in (text, text.replace("\\", "/")):
+        if (table.parent / written).is_file():
+            return str(table.parent / written)
+    raise FileNotFoundError(f"{table}, line {line}: {kind} {table.parent / text} does not exist.")
 
 
 def _load_glas(root, image_size, seed, limits, *, n_classes=None):
@@ -880,7 +939,7 @@ def _load_pathmnist(root, image_size, seed, limits):
     path = _pathmnist_file(root, image_size)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0x5EED]))
     frames, images = [], {}
-    with zipfile.ZipFile(path) as archive:
+    with _open_npz(path) as archive:
         for split in ("train", "val", "test"):
             labels = np.concatenate(list(_npy_rows(archive, f"{split}_labels", path))).ravel()
             if labels.max() >= len(PATHMNIST_CLASSES):
@@ -940,6 +999,18 @@ def _pathmnist_file(root: Path | None, image_size: int) -> Path:
             f"pathmnist could not be downloaded ({error}). {_WHERE['pathmnist']}"
         ) from error
     return root / sizes[order[0]]
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Archive of an npz; damage found when it is opened or read is a ``ValueError``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it and download it again. {_WHERE['pathmnist']}"
+        ) from None
 
 
 def _npy_rows(archive: zipfile.ZipFile, name: str, path: Path):

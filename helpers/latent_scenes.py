@@ -17,6 +17,7 @@ import torch
 from helpers import phantom
 from helpers.latent import to_tensor
 from helpers.processes import in_order
+from helpers.training import keep_to_settings
 
 __all__ = [
     "SCENE",
@@ -135,9 +136,14 @@ def prepare(
     """Draw the first `n` scenes into shards of a folder; shards that are there are kept.
 
     `workers` processes draw the same scenes as one.
+
+    Raises
+    ------
+    ValueError
+        If what is there was drawn with another seed or share of textures.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    keep_to_settings(folder, seed=seed, textures=textures)
     work = partial(_draw_shard, folder, seed=seed, textures=textures)
     for done in in_order(work, range(-(-n // _SHARD)), workers):
         if done:
@@ -166,10 +172,14 @@ class Scenes:
         images (searched through; large ones are cut into fields of `size`), or the images.
     size : int
         Side of the fields cut from pictures, pixels.
+    n : int, optional
+        Take the first `n` only, where there are more.
     """
 
-    def __init__(self, source: Path | np.ndarray, *, size: int = SCENE) -> None:
-        self.source, self.size = source, size
+    def __init__(
+        self, source: Path | np.ndarray, *, size: int = SCENE, n: int | None = None
+    ) -> None:
+        self.source, self.size, self.n = source, size, n
         self.parts: list[np.ndarray] = []
         self._seen: set[str] = set()
         if isinstance(source, np.ndarray):
@@ -180,14 +190,16 @@ class Scenes:
             raise FileNotFoundError(f"no images in {source}: give a folder with images")
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
+        there = sum(len(part) for part in self.parts)
+        return there if self.n is None else min(self.n, there)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         for part in self.parts:
             if i < len(part):
                 return part[i]
             i -= len(part)
-        raise IndexError(i)
 
     def refresh(self) -> None:
         """Take in shards that were written since."""
@@ -196,7 +208,7 @@ class Scenes:
         folder = Path(self.source)
         shards = sorted(folder.glob("shard_????.npy"))
         for path in shards:
-            if path.name not in self._seen:
+            if path.name not in self._seen and (self.n is None or len(self) < self.n):
                 self._seen.add(path.name)
                 self.parts.append(np.load(path))
         if not shards and not self.parts:

@@ -18,6 +18,7 @@ import numpy as np
 from helpers import phantom
 from helpers.phantom_architecture import ARCHITECTURES, vary
 from helpers.processes import in_order
+from helpers.training import keep_to_settings
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -296,9 +297,14 @@ def prepare(
 
     `share` of the scenes is tissue, the others are textures. Each shard has its own random
     generator, so that `workers` processes make the same shards as one.
+
+    Raises
+    ------
+    ValueError
+        If what is there was rendered with another seed, size of a shard or share of tissue.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    keep_to_settings(folder, seed=seed, shard=shard, share=share)
     work = partial(_render_shard, folder, seed=seed, shard=shard, share=share)
     for _ in in_order(work, range(first, first + -(-n_scenes // shard)), workers):
         pass

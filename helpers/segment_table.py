@@ -491,7 +491,7 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
     rows, rles = [], []
     for a in document["annotations"]:
         image = by_id[a["image_id"]]
-        rle = _rle(a["segmentation"], image["height"], image["width"])
+        rle = _rle(a, image["height"], image["width"])
         area = int(coco.area(rle))
         if not area:
             raise ValueError(f"the mask of annotation {a['id']} is empty: leave it out")
@@ -547,13 +547,24 @@ def _segment_row(
     }
 
 
-def _rle(segmentation: Any, height: int, width: int) -> dict:
+def _rle(a: Mapping[str, Any], height: int, width: int) -> dict:
     """Compressed run-length code of any COCO segmentation."""
-    if isinstance(segmentation, Sequence):  # polygons
-        return coco.merge(coco.frPyObjects(list(segmentation), height, width))
+    segmentation = a["segmentation"]
+    if isinstance(segmentation, Sequence):
+        polygons = [p for p in segmentation if len(p) >= 6]  # two points enclose nothing
+        if not polygons:
+            raise ValueError(f"annotation {a['id']} has no polygon of three points: leave it out")
+        return coco.merge(coco.frPyObjects(polygons, height, width))
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(
+            f"the mask of annotation {a['id']} has the size {segmentation['size']}, but its image "
+            f"[{height}, {width}] (height, width): give it in the pixels of the image"
+        )
     if isinstance(segmentation["counts"], list):
+        if sum(segmentation["counts"]) != height * width:  # the rest would be read as noise
+            raise ValueError(f"the runs of annotation {a['id']} do not add up to its image")
         return coco.frPyObjects(segmentation, height, width)
-    return {"size": list(segmentation["size"]), "counts": segmentation["counts"].encode("ascii")}
+    return {"size": [height, width], "counts": segmentation["counts"].encode("ascii")}
 
 
 def _tidied(masks: np.ndarray) -> np.ndarray:

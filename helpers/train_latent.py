@@ -50,7 +50,15 @@ from helpers.latent_scenes import (
     turn,
 )
 from helpers.samplers import inpaint_latents
-from helpers.training import Recipe, Trainer, add_average, average, digest
+from helpers.training import (
+    Recipe,
+    Trainer,
+    add_average,
+    average,
+    digest,
+    drawn_with,
+    machine,
+)
 
 __all__ = [
     "AutoencoderRecipe",
@@ -62,6 +70,7 @@ __all__ = [
     "UNetTrainer",
     "contrast_loss",
     "encode_scenes",
+    "even_times",
     "local_contrast",
     "pixel_losses",
     "score_autoencoder",
@@ -119,7 +128,11 @@ def _smoothed(x: torch.Tensor, side: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe(Recipe):
-    """Settings of the first stage; the defaults are those of the shipped weights."""
+    """Settings of the first stage; the defaults are those of the shipped weights.
+
+    ``images`` is a folder of own images, without which ``scenes`` are drawn; so it is in the other
+    two recipes.
+    """
 
     channels: tuple[int, ...] = (64, 128)
     layers: int = 1
@@ -129,6 +142,7 @@ class AutoencoderRecipe(Recipe):
     batch: int = 8
     scenes: int = 2000
     textures: float = 0.15
+    images: str | None = None
     rate: float = 8e-4
     gradient: float = 0.5
     kl: float = 1e-4
@@ -148,6 +162,7 @@ class DecoderRecipe(Recipe):
     batch: int = 32
     scenes: int = 3000
     textures: float = 0.15
+    images: str | None = None
     rate: float = 5e-4
     judge_rate: float = 1e-4
     contrast: float = 4.0
@@ -174,6 +189,7 @@ class UNetRecipe(Recipe):
     batch: int = 8
     scenes: int = 2000
     textures: float = 0.15
+    images: str | None = None
     rate: float = 5e-4
     ema: float = 0.9995
     jitter: float = 0.15
@@ -242,13 +258,13 @@ class AutoencoderTrainer(Trainer):
             score_autoencoder(self.latent_diffusion(), self.test) if self.test is not None else {}
         )
 
-    def export(self, path: Path, command: str, images: Path | None = None) -> None:
+    def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
         self.latent_diffusion()
         model = {"image_patch": self.recipe.image_patch, "shift": self.shift, "scale": self.scale}
         save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
         self.write_log(path)
-        _write_card(self, path, command, images)
+        _write_card(self, path, command)
 
 
 class Discriminator(nn.Module):
@@ -441,7 +457,7 @@ class DecoderTrainer(Trainer):
             return {}
         return score_autoencoder(self.latent_diffusion(), self.test)
 
-    def export(self, path: Path, command: str, images: Path | None = None) -> None:
+    def export(self, path: Path, command: str) -> None:
         """Write the first stage with the new decoder, curve and model card."""
         model = self.latent_diffusion()
         config = model.autoencoder.config
@@ -456,7 +472,7 @@ class DecoderTrainer(Trainer):
             path, "autoencoder", model.autoencoder.state_dict(), {"build": build, "model": scales}
         )
         self.write_log(Path(path).with_name("decoder.json"))
-        _add_to_card(self, Path(path), command, images)
+        _add_to_card(self, Path(path), command)
 
 
 class UNetTrainer(Trainer):
@@ -532,18 +548,31 @@ class UNetTrainer(Trainer):
             return {}
         model = self.latent_diffusion()
         generator = torch.Generator().manual_seed(0)
-        t = (torch.arange(len(self.test)) * 997) % 1000
+        t = even_times(len(self.test), len(model.alphas_cumprod))
         with torch.no_grad():
             loss = dsm_loss(self._network(model.unet), self.test.to(self.device),
                             model.alphas_cumprod, t=t, prediction="v_prediction",
                             generator=generator)  # fmt: skip
         return {"held_out_loss": float(loss.mean())}
 
-    def export(self, path: Path, command: str, images: Path | None = None) -> None:
+    def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
         save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
         self.write_log(path)
-        _write_card(self, path, command, images)
+        _write_card(self, path, command)
+
+
+def even_times(n: int, end: int) -> torch.Tensor:
+    """`n` times spread evenly over a schedule of `end` steps, always the same, in a shuffled order.
+
+    Shuffled, because the images they are given to take turns in what they show.
+
+    Returns
+    -------
+    (n,) int64 Tensor
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return (2 * order + 1) * end // (2 * n)
 
 
 def encode_scenes(
@@ -602,7 +631,7 @@ def _roughness(image: np.ndarray) -> float:
     return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
-def _write_card(trainer: Trainer, path: Path, command: str, images: Path | None) -> None:
+def _write_card(trainer: Trainer, path: Path, command: str) -> None:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.last
     parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
@@ -617,7 +646,7 @@ def _write_card(trainer: Trainer, path: Path, command: str, images: Path | None)
         )
         seen = f"abstract textures ({r.textures:.0%})"
         batch = f"{r.batch} crops of {r.crop} px"
-        score = f"PSNR {last.get('psnr', 0):.2f} dB, SSIM {last.get('ssim', 0):.3f} on 24"
+        score = _score(last, 24)
     else:
         what = "Noise network of the small latent diffusion model: `diffusers.UNet2DModel`."
         folded = (
@@ -631,10 +660,9 @@ def _write_card(trainer: Trainer, path: Path, command: str, images: Path | None)
             f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times as often"
         )
         batch = f"{r.batch} latents of 256 px images"
-        score = f"denoising loss (v) {last.get('held_out_loss', 0):.4f} on 48"
-    score += " phantoms of other seeds and patients, both sites, one in six IHC"
-    data, licence = f"the images of {images}", "that of the images, as far as it covers weights"
-    if images is None:
+        score = _score(last, 48)
+    data, licence = f"the images of {r.images}", "that of the images, as far as it covers weights"
+    if r.images is None:
         licence = "MIT, as the code of this repository"
         data = (
             f"{r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a "
@@ -651,7 +679,8 @@ def _write_card(trainer: Trainer, path: Path, command: str, images: Path | None)
 | data | {data} |
 | command | `{command}` |
 | seed | {r.seed} |
-| steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on one CPU core |
+| steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on \
+{machine(trainer.device)} |
 | held-out score | {score} |
 | licence | {licence} |
 | SHA-256 | `{digest(path)}` |
@@ -660,13 +689,26 @@ The training curve is in `{path.with_suffix(".json").name}`.
 """, encoding="utf-8")  # fmt: skip
 
 
-def _add_to_card(trainer: Trainer, path: Path, command: str, images: Path | None) -> None:
+def _score(last: dict[str, float], n: int) -> str:
+    """What was measured on `n` held-out phantoms at the end of a curve, for a model card."""
+    words = {
+        "psnr": "PSNR {:.2f} dB",
+        "ssim": "SSIM {:.3f}",
+        "sharpness": "sharpness {:.2f} (mean absolute Laplacian over that of the image)",
+        "held_out_loss": "denoising loss (v), times spread evenly, {:.4f}",
+    }
+    found = ", ".join(word.format(last[key]) for key, word in words.items() if key in last)
+    on = f" on {n} phantoms of other seeds and patients, both sites, one in six IHC"
+    return found + on if found else "not measured"
+
+
+def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
     """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
-    r, last = trainer.recipe, trainer.last
-    card = path.with_suffix(".md")
+    r, card = trainer.recipe, path.with_suffix(".md")
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
     before = before.split(_SECOND_ROUND)[0].rstrip()
-    data = f"{r.scenes} other scenes of the same kind" if images is None else f"images of {images}"
+    drawn = f"{r.scenes} other scenes of the same kind"
+    data = drawn if r.images is None else f"images of {r.images}"
     before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest(path)}`", before)
     card.write_text(f"""{before}
 
@@ -680,10 +722,9 @@ The digest above is that of the file as it is now.
 | data | {data} |
 | command | `{command}` |
 | seed | {r.seed} |
-| steps | {trainer.step} of {r.batch} crops of {r.crop} px, {trainer.seconds / 60:.0f} minutes |
-| held-out score | PSNR {last.get("psnr", 0):.2f} dB, SSIM {last.get("ssim", 0):.3f}, sharpness \
-{last.get("sharpness", 0):.2f} (mean absolute Laplacian over that of the image) on the same 24 \
-phantoms |
+| steps | {trainer.step} of {r.batch} crops of {r.crop} px, {trainer.seconds / 60:.0f} minutes \
+on {machine(trainer.device)} |
+| held-out score | {_score(trainer.last, 24)} |
 
 The training curve of this round is in `decoder.json`.
 """, encoding="utf-8")  # fmt: skip
@@ -722,7 +763,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("data/runs/train_latent"),
         help="folder of drawn scenes and checkpoints",
     )
-    parser.add_argument("--images", type=Path, help="train on the images of this folder instead")
+    parser.add_argument("--images", help="train on the images of this folder instead")
     parser.add_argument("--weights", type=Path, help="file to write")
     parser.add_argument(
         "--autoencoder",
@@ -757,17 +798,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
     names = {f.name for f in fields(kind)} & {
-        "steps", "minutes", "scenes", "rate", "start", "bf16", "batch", "sampled", "smoothed",
+        "steps", "minutes", "scenes", "images", "rate", "start", "bf16", "batch", "sampled",
+        "smoothed",
     }  # fmt: skip
     recipe = kind(seed=o.seed, **{k: v for k in names if (v := getattr(o, k)) is not None})
+    folder = Path(o.images or o.work / "scenes")
     if o.images is None and not o.no_prepare:
         prepare(
-            o.work / "scenes", recipe.scenes, seed=o.seed, textures=recipe.textures,
-            workers=o.workers, log=say,
+            folder, recipe.scenes, seed=o.seed, textures=recipe.textures, workers=o.workers,
+            log=say,
         )  # fmt: skip
     if o.what == "prepare":
         return
-    scenes = Scenes(o.images or o.work / "scenes")
+    scenes = Scenes(folder, n=None if o.images else recipe.scenes)
     command = shlex.join(["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])])
     if o.what == "autoencoder":
         trainer: Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
@@ -786,19 +829,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_stage = load_autoencoder(
             o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None
         )
+        times = None if o.images else drawing_weights(
+            len(scenes), **drawn_with(folder), ihc=recipe.ihc
+        )  # fmt: skip
         test = encode_scenes(first_stage, Scenes(held_out(48))).float()
         z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
-        if o.images is None:
-            times = drawing_weights(
-                len(scenes), seed=o.seed, textures=recipe.textures, ihc=recipe.ihc
-            )
+        if times is not None:
             z = z[np.repeat(np.arange(len(z)), np.tile(times, recipe.views))]
         trainer = UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
     o.work.mkdir(parents=True, exist_ok=True)
     trainer.run(
         checkpoint=o.work / f"{o.what}.pt",
         log=say,
-        export=lambda t: t.export(path, command, o.images),
+        export=lambda t: t.export(path, command),
         score_every=o.score_every,
     )
 

@@ -577,10 +577,6 @@ def export(trainer: Trainer, path: Path) -> None:
     path.with_suffix(".md").write_text(model_card(trainer, path))
 
 
-def _machine(device: torch.device) -> str:
-    return "one CPU core" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Give a command line one option for each setting of :class:`Recipe`."""
     kinds = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
@@ -613,6 +609,13 @@ def model_card(trainer: Trainer, path: Path) -> str:
     start = (
         f"the weights {r.start!r}, which started from ImageNet" if r.start else "ImageNet weights"
     )
+    score = "not measured"
+    if "held_out_oracle_iou" in last:
+        score = (
+            f"one random click in each gland of 24 unseen phantoms (n = {last['held_out_n']} "
+            f"glands): IoU of the best of three masks {last['held_out_oracle_iou']:.3f}, of the "
+            f"mask with the highest predicted IoU {last['held_out_picked_iou']:.3f}"
+        )
     return f"""# {path.name}
 
 A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
@@ -629,11 +632,8 @@ textures and shapes; no real annotated tissue |
 | command | `{command_line(r)}` |
 | seed | {r.seed} |
 | steps | {trainer.step} of {r.images} images with {r.prompts} clicks each, \
-{trainer.seconds / 60:.0f} minutes on {_machine(trainer.device)} |
-| held-out score | one random click in each gland of 24 unseen phantoms (n = \
-{last.get("held_out_n", "?")} glands): IoU of the best of three masks \
-{last.get("held_out_oracle_iou", float("nan")):.3f}, of the mask with the highest predicted IoU \
-{last.get("held_out_picked_iou", float("nan")):.3f} |
+{trainer.seconds / 60:.0f} minutes on {training.machine(trainer.device)} |
+| held-out score | {score} |
 | licence | MIT, as the code of this repository |
 | SHA-256 | `{training.digest(path)}` |
 

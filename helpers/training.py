@@ -2,7 +2,8 @@
 
 :mod:`helpers.train_sam` and :mod:`helpers.train_latent` say what is learnt; a :class:`Trainer` says
 how a run goes on: by steps or by time, with an average of the weights, stopped and taken up again
-at any step with the same result.
+at any step with the same result. A checkpoint, and a folder of drawn scenes, know the settings they
+were made with, and serve no others.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,19 @@ from torch import nn
 from helpers.config import torch_device
 from helpers.weights import read_weights, write_weights
 
-__all__ = ["Recipe", "Trainer", "add_average", "average", "digest", "learning_rate"]
+__all__ = [
+    "Recipe",
+    "Trainer",
+    "add_average",
+    "average",
+    "digest",
+    "drawn_with",
+    "keep_to_settings",
+    "learning_rate",
+    "machine",
+]
+
+_SETTINGS = "scenes.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,72 @@ def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float)
 def digest(path: Path) -> str:
     """SHA-256 of a file, for its model card."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def machine(device: str | torch.device) -> str:
+    """What a training runs on, for its model card: the GPU, or the number of threads of the CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"{threads} CPU threads" if threads > 1 else "one CPU thread"
+
+
+def keep_to_settings(folder: Path, **settings: Any) -> None:
+    """Make a folder for drawn scenes and note how they are drawn, or see that it says the same.
+
+    Parameters
+    ----------
+    folder : Path
+        Of ``shard_*.npy``, whose names have numbers only.
+    **settings
+        What a scene depends on beside its number; values of JSON.
+
+    Raises
+    ------
+    ValueError
+        If there are scenes drawn with other settings, or nothing says with which.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _SETTINGS
+    if not path.exists() and not any(folder.glob("shard_*.npy")):
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    elif differ := _differences(drawn_with(folder), settings):
+        raise ValueError(
+            f"{folder} holds scenes drawn with other settings ({differ}): work in another folder, "
+            "or remove this one"
+        )
+
+
+def drawn_with(folder: Path) -> dict[str, Any]:
+    """Settings that :func:`keep_to_settings` noted in a folder of drawn scenes.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    try:
+        return json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} does not say how its scenes were drawn, {_SETTINGS} is missing or damaged: "
+            "work in another folder, or remove this one"
+        ) from error
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Settings that are not what they were, with both values; empty if there are none."""
+    return ", ".join(
+        f"{key} was {before.get(key)!r}, is now {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    )
 
 
 def average(paths: Sequence[Path], path: Path) -> None:
@@ -261,12 +341,13 @@ class Trainer:
         temporary.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint that :meth:`save` wrote.
+        """Go on from a checkpoint that :meth:`save` wrote, perhaps for longer.
 
         Raises
         ------
         ValueError
-            If the file is damaged, or a checkpoint of another training.
+            If the file is damaged, a checkpoint of another training, or one with another recipe:
+            only ``steps`` and ``minutes`` may differ.
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -281,13 +362,31 @@ class Trainer:
             raise ValueError(
                 f"{path} is no checkpoint of the {self.kind}: remove it or name another"
             )
+        if differ := _differences(*self._recipes(state)):
+            raise ValueError(
+                f"{path} was made with other settings ({differ}): work in another folder, or "
+                "remove it to start anew"
+            )
         self.restore(state)
+
+    def _recipes(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Recipes of a checkpoint and of this run, without the length of the run.
+
+        What was no setting when the checkpoint was made counts as its default.
+        """
+        known = [f for f in fields(self.recipe) if f.name not in ("steps", "minutes")]
+        before = {f.name: f.default for f in known} | json.loads(state["recipe"])
+        now = {f.name: getattr(self.recipe, f.name) for f in known}
+        return json.loads(json.dumps(before)), json.loads(json.dumps(now))
 
     # a run
 
     @property
     def last(self) -> dict[str, float]:
-        """Last entry of the curve, which after :meth:`run` has scores; empty before the first."""
+        """Last entry of the curve, which after :meth:`run` has scores; empty before the first.
+
+        It has none where nothing is held out: a model card then says so.
+        """
         return self.curve[-1] if self.curve else {}
 
     def write_log(self, path: Path, **more: Any) -> None:

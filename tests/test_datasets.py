@@ -185,6 +185,116 @@ def test_folder_of_splits(tmp_path):
     assert data.counts().loc["x", ["train", "test"]].tolist() == [1, 1]
 
 
+def test_images_right_in_a_split_folder_are_named(tmp_path):
+    for label in ("x", "y"):
+        for i in range(3):
+            save(tmp_path / "train" / label / f"{i}.png", seed=i)
+    for i in range(5):
+        save(tmp_path / "test" / f"{i}.png")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    with pytest.warns(UserWarning, match=r"5 files and folders are .* test/0\.png: only"):
+        data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert len(data) == 6
+
+
+def test_images_beside_the_class_folders_are_named(folder):
+    save(folder / "loose.png")
+    (folder / "readme.txt").write_text("not an image")
+    with pytest.warns(UserWarning, match=r"1 files and folders are passed over, e\.g\. loose\.png"):
+        assert len(datasets.load("folder", root=folder, image_size=32)) == 20
+
+
+def test_split_folders_without_classes(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "1.png")
+    with pytest.raises(ValueError, match=r"split folders test, train, but no class folders in"):
+        datasets.load("folder", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("test", "train", "validation"), "x"),
+        (("test", "train", "validation"), ""),
+        (("masks", "test", "train"), "x"),
+        (("Test", "Train"), "x"),
+    ],
+)
+def test_folders_of_which_not_all_are_splits(tmp_path, names, label):
+    for name in names:
+        save(tmp_path / name / label / "1.png")
+    found = ", ".join(names)
+    with pytest.raises(ValueError, match=f"folders {found}, .* called train, val, test, test2"):
+        datasets.load("folder", root=tmp_path)
+
+
+def test_one_of_two_tables_is_given_by_its_path(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.png")
+        table = pd.DataFrame({"path": [f"{name}.png"], "label": [name], "split": ["train"]})
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    with pytest.raises(ValueError, match=r"holds 2 CSV files .* give the path of one as root"):
+        datasets.load("folder", root=tmp_path)
+    for name in ("a", "b"):
+        data = datasets.load("folder", root=str(tmp_path / f"{name}.csv"), image_size=32)
+        assert data.classes == (name,) and data.records["image_id"].tolist() == [name]
+        assert data.image(name).shape == (32, 32, 3)
+
+
+def test_an_empty_site_is_the_first_site(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", seed=i)
+    rows = '0.png,a,train,\n1.png,a,train," "\n2.png,a,test,C\n'
+    (tmp_path / "images.csv").write_text("path,label,split,site\n" + rows)
+    records = datasets.load("folder", root=tmp_path, image_size=32).records
+    assert records["site"].tolist() == ["A", "A", "C"]
+    (tmp_path / "images.csv").write_text("path,label,site\n0.png,a,\n")
+    records = datasets.load("folder", root=tmp_path, image_size=32).records
+    assert records["site"].tolist() == ["A"]
+
+
+def test_a_label_map_in_jpeg_is_refused(tmp_path):
+    save(tmp_path / "1.png")
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10:30, 10:30] = 255
+    for name, options in (("m.jpg", {}), ("m.tif", {"compression": "jpeg"})):
+        Image.fromarray(mask).save(tmp_path / name, **options)
+        write_csv(tmp_path, [("1.png", "a", name)], ["path", "label", "mask"])
+        data = datasets.load("folder", root=tmp_path, image_size=40)
+        with pytest.raises(ValueError, match=rf"{name} is coded as JPEG.* save it as PNG or TIFF"):
+            data.instances("1")
+    Image.fromarray(mask).save(tmp_path / "m.tif", compression="tiff_lzw")
+    assert data.instances("1").max() == 1
+
+
+def test_paths_as_windows_writes_them(tmp_path):
+    save(tmp_path / "slides" / "0.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.full((40, 48), 3, np.uint8)).save(tmp_path / "masks" / "0.png")
+    rows = [("slides\\0.png", "a", "masks\\0.png")]
+    write_csv(tmp_path, rows, ["path", "label", "mask"])
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert data.image("0").shape == (32, 32, 3) and data.instances("0").min() == 1
+    write_csv(tmp_path, [("slides\\1.png", "a")], ["path", "label"])
+    with pytest.raises(FileNotFoundError, match=r"line 2: image file .*slides\\1\.png does not"):
+        datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [("slides/0.png", "a", "m.png")], ["path", "label", "mask"])
+    with pytest.raises(FileNotFoundError, match=r"line 2: label map .*m\.png does not exist"):
+        datasets.load("folder", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding"),
+    [(",", "utf-16"), (",", "utf-16-le"), (",", "cp1252"), (";", "utf-8"), ("\t", "utf-8-sig")],
+)
+def test_tables_in_another_encoding_or_with_another_separator(tmp_path, separator, encoding):
+    save(tmp_path / "1.png")
+    text = "\r\n".join(separator.join(row) for row in (("path", "label"), ("1.png", "Drüse"), ()))
+    (tmp_path / "images.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="save it as UTF-8, separated by commas"):
+        datasets.load("folder", root=tmp_path)
+
+
 def test_columns_that_are_meant_otherwise_are_named(tmp_path):
     save(tmp_path / "1.png")
     for column, meant in (("patient_id", "patient"), ("Patient", "patient"), ("spilt", "split")):
@@ -439,6 +549,18 @@ def test_names_that_collide_are_kept_apart(tmp_path):
     assert len({i.lower() for i in data.records["image_id"]}) == 3
 
 
+def test_long_ids_are_cut_and_stay_unique(tmp_path):
+    parts = ("k" * 100, "s" * 100)
+    names = ["n" * 100 + end for end in ("a.png", "b.png")]
+    paths = [save(tmp_path.joinpath(*parts, name)) for name in names] + [save(tmp_path / "o.png")]
+    write_csv(tmp_path, [(p.relative_to(tmp_path), "a") for p in paths], ["path", "label"])
+    ids = datasets.load("folder", root=tmp_path, image_size=32).records["image_id"].tolist()
+    assert ids[2] == "o" and len(set(ids)) == 3
+    assert max(map(len, ids)) == datasets.LONGEST_ID
+    assert ids[0].startswith("k" * 100 + "__s")
+    assert datasets._image_ids([Path("x" * 150 + ".png")]) == ["x" * 150]
+
+
 # --- splits --------------------------------------------------------------------------------------
 
 
@@ -553,6 +675,22 @@ def test_a_wrong_npz_is_named(tmp_path):
     np.savez(tmp_path / "pathmnist.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="has no array 'train_labels'"):
         datasets.load("pathmnist", root=tmp_path)
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+    path = tmp_path / "pathmnist.npz"
+    fake_pathmnist(path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    damaged = (
+        b"PK\x03\x04broken",
+        whole[:middle],
+        whole[:middle] + bytes(200) + whole[middle + 200 :],
+    )
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"pathmnist\.npz is damaged .*download it again"):
+            datasets.load("pathmnist", root=tmp_path, image_size=32)
 
 
 # --- GlaS ----------------------------------------------------------------------------------------

@@ -4,7 +4,15 @@ import torch
 from PIL import Image
 
 from helpers import latent_scenes
-from helpers.latent_scenes import Scenes, colour_jitter, held_out, prepare, scene, texture
+from helpers.latent_scenes import (
+    Scenes,
+    colour_jitter,
+    drawing_weights,
+    held_out,
+    prepare,
+    scene,
+    texture,
+)
 
 
 def test_scenes_are_determined_by_seed_and_index():
@@ -34,6 +42,47 @@ def test_prepare_keeps_what_is_there(tmp_path, monkeypatch):
     assert [int(scenes[i][0, 0, 0]) for i in range(len(scenes))] == [99, 99, 2, 3]
     with pytest.raises(IndexError):
         scenes[4]
+
+
+def test_prepare_refuses_scenes_of_another_seed_or_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_scenes, "_SHARD", 2)
+    monkeypatch.setattr(
+        latent_scenes, "scene", lambda i, seed, **_: np.full((8, 8, 3), 9 * seed + i, np.uint8)
+    )
+    prepare(tmp_path, 2, seed=0, log=lambda _: None)
+    with pytest.raises(ValueError, match=r"\(seed was 0, is now 3\): work in another folder"):
+        prepare(tmp_path, 4, seed=3, log=lambda _: None)
+    with pytest.raises(ValueError, match=r"\(textures was 0\.15, is now 0\.5\)"):
+        prepare(tmp_path, 4, textures=0.5, log=lambda _: None)
+    prepare(tmp_path, 4, seed=0, log=lambda _: None)
+    assert [int(image[0, 0, 0]) for image in Scenes(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_the_first_scenes_of_a_folder_are_taken_if_so_many_are_asked_for(tmp_path):
+    for k in range(3):
+        np.save(tmp_path / f"shard_{k:04d}.npy", np.full((2, 8, 8, 3), k, np.uint8))
+    scenes = Scenes(tmp_path, n=3)
+    scenes.refresh()
+    assert len(scenes) == 3 and len(scenes.parts) == 2
+    assert [int(image[0, 0, 0]) for image in scenes] == [0, 0, 1]
+    assert len(Scenes(tmp_path, n=9)) == 6
+    for i in (3, -1):
+        with pytest.raises(IndexError):
+            scenes[i]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_drawing_weights_are_those_of_what_the_scenes_show(seed, monkeypatch):
+    class Drawn:
+        def __init__(self, stain):
+            self.image = stain
+
+    monkeypatch.setattr(latent_scenes, "texture", lambda *_: "texture")
+    monkeypatch.setattr(latent_scenes.phantom, "render", lambda *_, stain, **__: Drawn(stain))
+    shown = [scene(i, seed=seed, textures=0.3) for i in range(60)]
+    assert set(shown) == {"texture", "HE", "IHC"}
+    times = drawing_weights(60, seed=seed, textures=0.3, ihc=3)
+    assert times.tolist() == [{"texture": 0, "HE": 1, "IHC": 3}[kind] for kind in shown]
 
 
 def test_own_images_are_cut_into_fields(tmp_path):

@@ -72,11 +72,24 @@ def test_shards_are_not_made_twice(tmp_path):
     assert len(Scenes(tmp_path)) == 3
 
 
+def test_scenes_of_another_seed_shard_or_share_are_refused(tmp_path):
+    prepare(tmp_path, 1, seed=1, shard=1)
+    for other, words in (
+        ({"seed": 2}, r"seed was 1, is now 2"),
+        ({"shard": 2}, r"shard was 1, is now 2"),
+        ({"share": 0.5}, r"share was 0\.75, is now 0\.5"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({words}\): work in another"):
+            prepare(tmp_path, 2, **{"seed": 1, "shard": 1, **other})
+    assert len(Scenes(tmp_path)) == 1
+
+
 def test_workers_draw_the_same_scenes(tmp_path):
     for name, workers in (("one", 0), ("two", 2)):
         prepare(tmp_path / name, 3, seed=5, shard=1, workers=workers)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(files) == 4 and files.pop(0) == "scenes.json"
     for name in files:
         one, two = (np.load(tmp_path / folder / name) for folder in ("one", "two"))
         assert np.array_equal(one, two)

@@ -201,6 +201,40 @@ def test_load_coco_errors(tmp_path):
         load_coco(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "annotation 7 has no polygon of three points: leave it out"),
+        ([[2, 3, 6, 3]], "annotation 7 has no polygon of three points"),
+        ({"size": [12, 10], "counts": [0, 10, 110]}, r"7 has the size \[12, 10\].*\[10, 12\]"),
+        ({"size": [5, 12], "counts": "0:"}, r"7 has the size \[5, 12\].*\[10, 12\]"),
+        ({"size": [10, 12], "counts": [0, 10, 20]}, "runs of annotation 7 do not add up"),
+    ],
+)
+def test_masks_that_do_not_fit_their_image_are_refused(tmp_path, segmentation, message):
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 12}],
+        "categories": [{"id": 1, "name": "gland"}],
+        "annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": segmentation}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message):
+        load_coco(tmp_path / "c.json")
+
+
+def test_polygons_of_two_points_are_left_out(tmp_path):
+    square = [2, 3, 6, 3, 6, 7, 2, 7]
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 12}],
+        "categories": [{"id": 1, "name": "gland"}],
+        "annotations": [
+            {"id": 7, "image_id": 1, "category_id": 1, "segmentation": [[8, 8, 9, 9], square]}
+        ],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    assert load_coco(tmp_path / "c.json").table["area"].tolist() == [16]
+
+
 def test_select(segments):
     part = segments.select(label="a")
     assert set(part.table["label"]) == {"a"} and set(part.images["label"]) == {"a"}

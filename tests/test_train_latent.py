@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from PIL import Image
 from scipy.ndimage import uniform_filter
 
-from helpers import train_latent
+from helpers import latent_scenes, train_latent
 from helpers.latent import load_autoencoder, load_latent_diffusion
-from helpers.latent_scenes import Scenes, scene
+from helpers.latent_scenes import Scenes, drawing_weights, prepare, scene
 from helpers.train_latent import (
     AutoencoderRecipe,
     AutoencoderTrainer,
@@ -23,11 +24,13 @@ from helpers.train_latent import (
     UNetTrainer,
     contrast_loss,
     encode_scenes,
+    even_times,
     local_contrast,
     main,
     pixel_losses,
     score_autoencoder,
 )
+from helpers.training import machine
 
 AE = AutoencoderRecipe(steps=4, channels=(8, 16), crop=32, batch=2, warmup=2, bf16=False)
 DECODER = DecoderRecipe(steps=4, crop=32, batch=2, warmup=2)
@@ -107,6 +110,32 @@ def test_unet_learns_resumes_and_is_exported(images, tmp_path):
     assert model.prediction == "v_prediction" and model.multiple == 32
     with pytest.raises(ValueError, match="no checkpoint of the autoencoder"):
         AutoencoderTrainer(AE, Scenes(images)).resume(tmp_path / "unet.pt")
+
+
+@pytest.mark.parametrize("n", [4, 24, 48])
+def test_held_out_times_are_spread_over_the_schedule_and_go_with_no_image(n):
+    t = even_times(n, 1000)
+    assert torch.equal(t, even_times(n, 1000))
+    quantiles = [(2 * k + 1) * 1000 // (2 * n) for k in range(n)]
+    assert sorted(t.tolist()) == quantiles and t.tolist() != quantiles
+    if n == 48:
+        assert abs(np.corrcoef(np.arange(n), t)[0, 1]) < 0.2
+        assert abs(float(t[5::6].float().mean()) - 500) < 100  # those of the IHC images
+
+
+def test_held_out_loss_is_that_of_times_spread_evenly(pair, monkeypatch):
+    seen = []
+
+    def loss(network, z, alphas, *, t, **_):
+        seen.append(t)
+        return torch.zeros(len(z))
+
+    monkeypatch.setattr(train_latent, "dsm_loss", loss)
+    trainer = UNetTrainer(UNET, pair, torch.zeros(2, 4, 16, 16), test=torch.zeros(48, 4, 16, 16))
+    trainer.evaluate()
+    assert np.quantile(seen[0], [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
+        [10, 250, 500, 750, 989], abs=8
+    )
 
 
 def test_training_lowers_the_loss(images):
@@ -304,6 +333,71 @@ def test_nan_stops_with_a_reason(images):
         next(trainer.model.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
         trainer.advance()
+
+
+def test_a_card_says_what_was_measured_and_on_what(images, tmp_path):
+    checkpoint, path = tmp_path / "autoencoder.pt", tmp_path / "autoencoder.safetensors"
+    scenes, card = Scenes(images), path.with_suffix(".md")
+
+    def finished():
+        AutoencoderTrainer(AE, scenes).run(
+            checkpoint=checkpoint, log=None, export=lambda t: t.export(path, "command")
+        )
+        return card.read_text()
+
+    trainer = AutoencoderTrainer(AE, scenes)
+    for _ in range(AE.steps):
+        trainer.advance()
+    trainer.save(checkpoint)
+    assert "| held-out score | not measured |" in finished() and "0.00 dB" not in card.read_text()
+    trainer.curve = [{"step": 4, "psnr": 21.5, "ssim": 0.75}]
+    trainer.save(checkpoint)
+    assert "| held-out score | PSNR 21.50 dB, SSIM 0.750 on 24 phantoms" in finished()
+    assert f"minutes on {machine('cpu')} |" in card.read_text()
+
+
+@pytest.fixture
+def small(images, tmp_path, monkeypatch):
+    """Options of the command line for small drawn scenes and a small first stage."""
+    monkeypatch.setattr(latent_scenes, "_SHARD", 4)
+    draw = latent_scenes.scene
+    monkeypatch.setattr(latent_scenes, "scene", lambda i, **given: draw(i, size=64, **given))
+    monkeypatch.setattr(train_latent, "held_out", lambda n=2: images[:2])
+    first = tmp_path / "autoencoder.safetensors"
+    AutoencoderTrainer(AE, Scenes(images)).export(first, "command")
+    return ["--work", str(tmp_path), "--scenes", "6", "--steps", "1", "--threads", "1",
+            "--autoencoder", str(first)]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_noise_network_sees_scenes_as_often_as_what_they_show_says(
+    small, seed, tmp_path, monkeypatch
+):
+    prepare(tmp_path / "scenes", 8, seed=3, log=lambda _: None)
+    seen = []
+    monkeypatch.setattr(
+        train_latent, "UNetTrainer", lambda recipe, first, z, **_: seen.append(z) or mock.Mock()
+    )
+    main(["unet", *small, "--seed", str(seed), "--no-prepare"])
+    z = torch.load(tmp_path / "latents.pt")["z"]
+    times = np.tile(drawing_weights(6, seed=3), 2)
+    assert times.tolist() != np.tile(drawing_weights(6, seed=0), 2).tolist()
+    assert torch.equal(seen[0], torch.cat([z[[i] * k] for i, k in enumerate(times)]))
+
+
+def test_command_line_refuses_scenes_and_checkpoints_of_other_settings(small, images, tmp_path):
+    new = ["--weights", str(tmp_path / "new.safetensors")]
+    main(["autoencoder", *small, *new])
+    with pytest.raises(ValueError, match=r"scenes holds scenes .*\(seed was 0, is now 3\)"):
+        main(["unet", *small, *new, "--seed", "3"])
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(images[0]).save(folder / "0.png")
+    with pytest.raises(
+        ValueError, match=r"autoencoder\.pt was .*\(images was None, is now '.*s'\)"
+    ):
+        main(["autoencoder", *small, *new, "--images", str(folder)])
+    assert "6 scenes drawn" in (tmp_path / "new.md").read_text()
 
 
 def test_command_line_trains_on_a_folder(images, tmp_path, monkeypatch, capsys):

@@ -37,6 +37,7 @@ from helpers.train_sam import (
     pair_losses,
     train,
 )
+from helpers.training import machine
 
 RECIPE = Recipe(
     steps=2, image_size=64, dim=32, body="lite0", width=32, blocks=1, images=2, prompts=3,
@@ -210,6 +211,22 @@ def test_exports_are_small_and_half_precision(folder, tmp_path):
     with safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
         dtypes = {file.get_tensor(k).dtype for k in file.keys()}
     assert torch.float32 not in dtypes
+
+
+def test_a_card_says_what_was_measured_and_on_what(folder, tmp_path):
+    path = tmp_path / "a.safetensors"
+    trainer = Trainer(RECIPE, Scenes(folder / "scenes"))
+    export(trainer, path)
+    card = path.with_suffix(".md").read_text()
+    assert "| held-out score | not measured |" in card and "nan" not in card
+    assert f"minutes on {machine('cpu')} |" in card
+    scores = {"oracle_iou": 0.75, "picked_iou": 0.5, "recall_50": 0.5, "n": 7}
+    trainer.curve = [{f"held_out_{key}": value for key, value in scores.items()}]
+    export(trainer, path)
+    assert (
+        "(n = 7 glands): IoU of the best of three masks 0.750"
+        in path.with_suffix(".md").read_text()
+    )
 
 
 def test_average_of_weights(folder, tmp_path):

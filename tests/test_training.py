@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from helpers.training import Recipe, Trainer, average, digest, learning_rate
+from helpers.training import (
+    Recipe,
+    Trainer,
+    average,
+    digest,
+    drawn_with,
+    keep_to_settings,
+    learning_rate,
+    machine,
+)
 
 RECIPE = Recipe(steps=6, rate=0.1, warmup=2, ema=0.9)
 
@@ -147,6 +156,69 @@ def test_resume_says_what_is_wrong(tmp_path):
     torch.save([1], path)
     with pytest.raises(ValueError, match="no checkpoint of the line"):
         Line().resume(path)
+
+
+@pytest.mark.parametrize("done", [2, 6])
+def test_a_checkpoint_serves_its_own_recipe_only(done, tmp_path):
+    path, exported = tmp_path / "line.pt", []
+    trainer = Line()
+    for _ in range(done):
+        trainer.advance()
+    trainer.save(path)
+    other = Line(replace(RECIPE, seed=5, rate=0.2))
+    expected = (
+        r"line\.pt was made with other settings \(seed was 0, is now 5, rate was 0\.1, is now "
+        r"0\.2\): work in another folder, or remove it"
+    )
+    with pytest.raises(ValueError, match=expected):
+        other.run(checkpoint=path, log=None, export=exported.append)
+    assert other.step == 0 and not exported
+    longer = Line(replace(RECIPE, steps=8, minutes=1.0)).run(checkpoint=path, log=None)
+    assert longer.step == 8
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_counts_as_its_default(tmp_path):
+    @dataclass(frozen=True)
+    class Wider(Recipe):
+        widths: tuple[int, ...] = (2, 1)
+
+    path = tmp_path / "line.pt"
+    Line(Recipe()).save(path)
+    Line(Wider()).resume(path)
+    with pytest.raises(ValueError, match=r"\(widths was \[2, 1\], is now \[3\]\)"):
+        Line(Wider(widths=(3,))).resume(path)
+    Line(Wider(widths=(3,))).save(path)
+    Line(Wider(widths=(3,))).resume(path)  # a tuple is a list in JSON
+
+
+def test_a_folder_of_scenes_keeps_to_its_settings(tmp_path):
+    folder = tmp_path / "scenes"
+    for _ in range(2):
+        keep_to_settings(folder, seed=1, share=0.75)
+    assert drawn_with(folder) == {"seed": 1, "share": 0.75}
+    with pytest.raises(
+        ValueError,
+        match=r"scenes holds .* other settings \(seed was 1, is now 2\): work in another",
+    ):
+        keep_to_settings(folder, seed=2, share=0.75)
+    assert [path.name for path in folder.iterdir()] == ["scenes.json"]
+
+
+@pytest.mark.parametrize("text", [None, "", "{"])
+def test_scenes_that_nothing_is_known_of_are_refused(text, tmp_path):
+    np.save(tmp_path / "shard_0000.npy", np.zeros(1))
+    if text is not None:
+        (tmp_path / "scenes.json").write_text(text)
+    with pytest.raises(ValueError, match="does not say how its scenes were drawn"):
+        keep_to_settings(tmp_path, seed=0)
+
+
+def test_machine(monkeypatch):
+    for threads, words in ((1, "one CPU thread"), (7, "7 CPU threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert machine("cpu") == words
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert machine(torch.device("cuda", 1)) == "GPU 1" and machine("mps") == "mps"
 
 
 def test_another_seed_sees_other_batches():
