@@ -838,12 +838,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             z = z[np.repeat(np.arange(len(z)), np.tile(times, recipe.views))]
         trainer = UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
     o.work.mkdir(parents=True, exist_ok=True)
-    trainer.run(
-        checkpoint=o.work / f"{o.what}.pt",
-        log=say,
-        export=lambda t: t.export(path, command),
-        score_every=o.score_every,
-    )
+    trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
+    trainer.export(path, command)
 
 
 if __name__ == "__main__":

@@ -685,7 +685,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = train(
         recipe,
         options.work,
-        weights=options.weights,
+        weights=options.work / options.weights.name,  # to look at; the old ones stay to the end
         checkpoint_every=options.checkpoint_every,
         device=options.device,
         workers=options.workers,
