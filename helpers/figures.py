@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,14 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, binary_erosion
 from skimage.segmentation import find_boundaries
 
 __all__ = [
     "PALETTE",
     "WIDTH",
+    "YELLOW",
     "bars",
     "candidates",
+    "closeup",
     "confusions",
     "embedding",
     "forest",
@@ -35,6 +38,7 @@ __all__ = [
     "image_grid",
     "lines",
     "mark",
+    "outline",
     "overlay",
     "palette",
     "posterior_errors",
@@ -47,8 +51,11 @@ __all__ = [
     "wrapped",
 ]
 
-#: Okabe-Ito colours without black, strongest contrast first.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+#: Okabe-Ito colours, strongest contrast first; a dark grey in place of yellow, pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#404040")
+
+#: Of dots and outlines on tissue: no stain has this colour, RGB in [0, 1].
+YELLOW = (1.0, 0.93, 0.2)
 
 #: Width of a figure, inches.
 WIDTH = 7.5
@@ -259,6 +266,70 @@ def overlay(
             edge = binary_dilation(edge, iterations=thick - 1)
         weight[edge & (labels > 0)] = 1.0
     return np.rint(image * (1 - weight) + table * weight).astype(np.uint8)
+
+
+def outline(image: np.ndarray, mask: np.ndarray, *, colour: Sequence[float] = YELLOW) -> np.ndarray:
+    """Draw a line with a dark rim around a segment, so that it shows on any stain.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    mask : (H, W) bool ndarray
+        The line is drawn on its outermost pixels, the rim outside.
+    colour : (3,) sequence of float
+        RGB in [0, 1].
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        To be shown with :func:`image_grid`.
+    """
+    out, width = image.copy(), max(1, round(max(image.shape[:2]) / 90))
+    out[binary_dilation(mask, iterations=max(1, width // 2)) & ~mask] = 20
+    out[mask & ~binary_erosion(mask, iterations=width)] = np.rint(255 * np.asarray(colour))
+    return out
+
+
+def closeup(
+    image: np.ndarray,
+    mask: np.ndarray,
+    *,
+    around: np.ndarray | None = None,
+    margin: float = 0.25,
+    size: int = 180,
+) -> np.ndarray:
+    """Enlarge the surroundings of a segment, with its :func:`outline`.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    mask : (H, W) bool ndarray
+        The segment.
+    around : (H, W) bool ndarray, optional
+        What is to be in sight, not empty; by default the segment.
+    margin : float
+        Room at each side, relative to the longer side of the bounding box; there is less where
+        the image ends.
+    size : int
+        Side of the result, pixels.
+
+    Returns
+    -------
+    (size, size, 3) uint8 ndarray
+    """
+    around = mask if around is None else around
+    spans = [np.flatnonzero(around.any(1 - axis))[[0, -1]] for axis in (0, 1)]
+    longest = max(int(high - low) + 1 for low, high in spans)
+    side = min(round((1 + 2 * margin) * longest), *mask.shape)
+    window = tuple(
+        slice(start, start + side)
+        for (low, high), length in zip(spans, mask.shape, strict=True)
+        for start in [int(np.clip((low + high + 1 - side) // 2, 0, length - side))]
+    )
+    how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    seen = cv2.resize(np.ascontiguousarray(image[window]), (size, size), interpolation=how)
+    inside = cv2.resize(mask[window].astype(np.float32), (size, size)) > 0.5
+    return outline(seen, inside)
 
 
 def _label_map(labels: np.ndarray) -> np.ndarray:
@@ -527,6 +598,7 @@ def embedding(
     points: np.ndarray,
     groups: Mapping[str, Sequence[str]],
     *,
+    order: Mapping[str, Sequence[str]] | None = None,
     pictures: Callable[[int], np.ndarray] | None = None,
     n_pictures: int = 30,
     width: float = WIDTH,
@@ -539,6 +611,9 @@ def embedding(
         Positions.
     groups : mapping of str to sequence of n str
         ``{title of the panel: group of each point}``.
+    order : mapping of str to sequence of str, optional
+        ``{title of the panel: its groups}`` in the order of their colours, which is that of the
+        curves of :func:`lines` and :func:`bars`; by default that of their first points.
     pictures : callable, optional
         Number of a point -> (h, w, 3) uint8 ndarray; shown in a further panel, at points that lie
         well apart, and asked for there alone.
@@ -564,9 +639,10 @@ def embedding(
         axis.set_box_aspect(1)
     for axis, (title, labels) in zip(axes.flat, groups.items(), strict=False):
         labels = np.asarray(labels)
-        names = list(dict.fromkeys(labels))
+        names = list(dict.fromkeys([*(order or {}).get(title, ()), *labels]))
         for index, (name, colour) in enumerate(zip(names, palette(len(names)), strict=True)):
-            at = labels == name
+            if not (at := labels == name).any():
+                continue
             axis.scatter(
                 *points[at].T, s=9, color=colour, marker="osD^v"[index % 5], label=name, lw=0
             )
@@ -689,9 +765,7 @@ def principal_axes(
     return figure
 
 
-def mark(
-    image: np.ndarray, points: ArrayLike, *, colour: Sequence[float] = (1.0, 0.93, 0.2)
-) -> np.ndarray:
+def mark(image: np.ndarray, points: ArrayLike, *, colour: Sequence[float] = YELLOW) -> np.ndarray:
     """Draw dots with a dark rim on a picture, smaller ones where there are many.
 
     Parameters

@@ -143,3 +143,51 @@ def test_a_map_asks_for_the_pictures_that_it_shows():
     for i, image in zip(asked, shown, strict=True):
         left, right, low, high = image.get_extent()
         np.testing.assert_allclose([(left + right) / 2, (low + high) / 2], points[i])
+
+
+def test_a_map_gives_its_groups_the_colours_of_the_order_asked_for():
+    points = np.random.default_rng(0).normal(size=(6, 2))
+    groups = {"class": list("cabcab"), "patient": list("yyxxzz")}
+    figure = figures.embedding(points, groups, order={"class": ["a", "none of them", "b", "c"]})
+
+    def drawn(axis):
+        return {part.get_label(): tuple(part.get_facecolor()[0][:3]) for part in axis.collections}
+
+    wanted = figures.palette(4)
+    by_class = drawn(figure.axes[0])
+    assert list(by_class) == ["a", "b", "c"]
+    np.testing.assert_allclose([*by_class.values()], wanted[[0, 2, 3]])
+    assert list(drawn(figure.axes[1])) == ["y", "x", "z"]
+
+
+def test_an_outline_is_drawn_on_the_rim_of_a_segment():
+    image, mask = np.full((20, 20, 3), 200, np.uint8), square()
+    out = figures.outline(image, mask, colour=(0, 1, 0))
+    assert (out[~square(at=4, side=10)] == 200).all() and (image == 200).all()
+    assert (out[mask & ~square(at=6, side=6)] == (0, 255, 0)).all()
+    assert (out[square(at=6, side=6)] == 200).all()
+
+
+@pytest.mark.parametrize("at", [0, 30, 52])
+def test_a_closeup_shows_the_surroundings_of_a_segment_and_stays_in_the_image(at):
+    image = np.random.default_rng(1).integers(0, 200, (64, 80, 3), np.uint8)
+    mask = np.zeros((64, 80), bool)
+    mask[at : at + 12, at : at + 6] = True
+    out = figures.closeup(image, mask, margin=0.5, size=24)
+    assert out.shape == (24, 24, 3)
+    # A box of 12 and a half of it at each side: the image at its own resolution.
+    top, left = min(max(at - 6, 0), 40), max(at - 9, 0)
+    expected = figures.outline(
+        image[top : top + 24, left : left + 24], mask[top : top + 24, left : left + 24]
+    )
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_a_closeup_keeps_in_sight_what_is_asked_for():
+    image = np.full((64, 64, 3), 255, np.uint8)
+    small, large = np.zeros((2, 64, 64), bool)
+    small[10:14, 10:14] = large[8:40, 8:40] = True
+    near, far = (figures.closeup(image, small, around=a) for a in (small, large))
+    assert (near == 20).any() and (near < 255).sum() > 3 * (far < 255).sum() > 0
+    whole = figures.closeup(image, np.ones_like(small))
+    assert whole.shape == (180, 180, 3)
