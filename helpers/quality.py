@@ -210,74 +210,6 @@ def kid_floor(
     return _over_subsets(x, x, halves, both, members, shares, size)
 
 
-def _members(classes, sizes: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Class of each sample, (n, C) and (m, C) of 0 and 1, and shares (C,) of those of the second.
-
-    Without classes all samples are of one.
-    """
-    if classes is None:
-        return [np.ones((n, 1)) for n in sizes], np.ones(1)
-    given = tuple(map(len, classes))
-    if given != sizes:
-        raise ValueError(f"classes of {given} samples for {sizes}: give those of every sample")
-    names = np.unique(classes[1])
-    members = [(np.asarray(each)[:, None] == names).astype(float) for each in classes]
-    for side, each in zip("xy", members, strict=True):
-        if (few := each.sum(0) < 2).any():
-            raise ValueError(
-                f"{side} has fewer than two samples of class '{names[few][0]}': "
-                "give more images, or leave the class out of y"
-            )
-    return members, members[1].mean(0)
-
-
-def _parts(members, shares, size: int, n: int, rng) -> list[np.ndarray]:
-    """Rows of `n` disjoint subsets of about `size` samples with the classes in their shares."""
-    order = rng.permutation(len(members))
-    if len(shares) == 1:
-        return [order[i * size : (i + 1) * size] for i in range(n)]
-    rows = [order[members[order, c] > 0] for c in range(len(shares))]
-    wanted = [
-        max(2, min(round(size * share), len(own) // n))
-        for share, own in zip(shares, rows, strict=True)
-    ]
-    parts = [[own[i * k : (i + 1) * k] for own, k in zip(rows, wanted, strict=True)]
-             for i in range(n)]  # fmt: skip
-    return [np.concatenate(part) for part in parts]
-
-
-def _over_subsets(x, y, halves, origins, members, shares, size: int) -> Estimate:
-    """Estimate from the rows of x and of y of each subset; those without pairs do not count."""
-    found = np.array(
-        [
-            _mmd2(x[i], y[j], _of_subsets(origins, i, j), (members[0][i], members[1][j]), shares)
-            for i, j in halves
-        ]
-    )
-    found = found[np.isfinite(found)]
-    if not len(found):
-        raise ValueError(_NO_PAIRS)
-    return Estimate(float(found.mean()), float(found.std()), size, len(found))
-
-
-def _mmd2(x, y, origins, members, shares) -> float:
-    """As :func:`mmd2`; NaN where two classes have no pair of unrelated samples."""
-    n, m = len(x), len(y)
-    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
-    if origins is not None:
-        of_x, of_y = _memberships(*origins, (n, m))
-        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
-            same |= (a @ b.T).toarray() > 0
-    of_x, of_y = members
-    within_x, within_y, across = (
-        _mean_of_others(polynomial_kernel(a, b), same, u, v, shares)
-        for (a, u), (b, v), same in zip(
-            ((x, of_x), (y, of_y), (x, of_x)), ((x, of_x), (y, of_y), (y, of_y)), alike, strict=True
-        )
-    )
-    return within_x + within_y - 2 * across
-
-
 def stratified(
     labels: Sequence[str], like: Sequence[str], *, most: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -580,6 +512,74 @@ def _mask(mask, image: np.ndarray) -> np.ndarray:
             f"give {image.shape[:2]} bool, as the image"
         )
     return mask
+
+
+def _members(classes, sizes: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Class of each sample, (n, C) and (m, C) of 0 and 1, and shares (C,) of those of the second.
+
+    Without classes all samples are of one.
+    """
+    if classes is None:
+        return [np.ones((n, 1)) for n in sizes], np.ones(1)
+    given = tuple(map(len, classes))
+    if given != sizes:
+        raise ValueError(f"classes of {given} samples for {sizes}: give those of every sample")
+    names = np.unique(classes[1])
+    members = [(np.asarray(each)[:, None] == names).astype(float) for each in classes]
+    for side, each in zip("xy", members, strict=True):
+        if (few := each.sum(0) < 2).any():
+            raise ValueError(
+                f"{side} has fewer than two samples of class '{names[few][0]}': "
+                "give more images, or leave the class out of y"
+            )
+    return members, members[1].mean(0)
+
+
+def _parts(members, shares, size: int, n: int, rng) -> list[np.ndarray]:
+    """Rows of `n` disjoint subsets of about `size` samples with the classes in their shares."""
+    order = rng.permutation(len(members))
+    if len(shares) == 1:
+        return [order[i * size : (i + 1) * size] for i in range(n)]
+    rows = [order[members[order, c] > 0] for c in range(len(shares))]
+    wanted = [
+        max(2, min(round(size * share), len(own) // n))
+        for share, own in zip(shares, rows, strict=True)
+    ]
+    parts = [[own[i * k : (i + 1) * k] for own, k in zip(rows, wanted, strict=True)]
+             for i in range(n)]  # fmt: skip
+    return [np.concatenate(part) for part in parts]
+
+
+def _over_subsets(x, y, halves, origins, members, shares, size: int) -> Estimate:
+    """Estimate from the rows of x and of y of each subset; those without pairs do not count."""
+    found = np.array(
+        [
+            _mmd2(x[i], y[j], _of_subsets(origins, i, j), (members[0][i], members[1][j]), shares)
+            for i, j in halves
+        ]
+    )
+    found = found[np.isfinite(found)]
+    if not len(found):
+        raise ValueError(_NO_PAIRS)
+    return Estimate(float(found.mean()), float(found.std()), size, len(found))
+
+
+def _mmd2(x, y, origins, members, shares) -> float:
+    """As :func:`mmd2`; NaN where two classes have no pair of unrelated samples."""
+    n, m = len(x), len(y)
+    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
+    if origins is not None:
+        of_x, of_y = _memberships(*origins, (n, m))
+        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
+            same |= (a @ b.T).toarray() > 0
+    of_x, of_y = members
+    within_x, within_y, across = (
+        _mean_of_others(polynomial_kernel(a, b), same, u, v, shares)
+        for (a, u), (b, v), same in zip(
+            ((x, of_x), (y, of_y), (x, of_x)), ((x, of_x), (y, of_y), (y, of_y)), alike, strict=True
+        )
+    )
+    return within_x + within_y - 2 * across
 
 
 def _of_subsets(origins, i: np.ndarray, j: np.ndarray):
