@@ -381,7 +381,7 @@ class ClassifierEvaluation(WithDevice):
     ]
     classifier_weights: Annotated[
         Literal["default", "hub", "random"],
-        Field(description="start: those of a package or of chapter 03, of ImageNet by download"),
+        Field(description="start: of a package, of ImageNet by download, or random"),
     ]
     conditions: Annotated[
         tuple[Literal["real", "cutout", "mixup", "cutmix", "pasted", "ours"], ...],
