@@ -18,6 +18,7 @@ __all__ = [
     "average_relative_gain",
     "confusion",
     "holm",
+    "least_p",
     "paired_bootstrap",
     "scores",
     "scores_from_confusion",
@@ -350,13 +351,23 @@ def _difference(
     return gain.mean(1) if seeds is None else np.average(gain, axis=1, weights=seeds)
 
 
+def least_p(n_groups: int, n_boot: int) -> float:
+    """Smallest p-value that :func:`paired_bootstrap` can give for so many patients and swaps."""
+    drawn = 0.0 if _all_swaps(n_groups, n_boot) else 1 / (n_boot + 1)
+    return max(2.0 ** (1 - n_groups), drawn)
+
+
+def _all_swaps(n: int, n_boot: int) -> bool:
+    return 2**n <= max(n_boot, _ALL_SWAPS)
+
+
 def _swaps(n: int, n_boot: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Patients to swap, (k, n) of 0 and 1, and how many results are known beside them.
 
     All of them where there are few, which makes the p-value exact; else random ones, with the
     difference found as one more.
     """
-    if 2**n <= max(n_boot, _ALL_SWAPS):
+    if _all_swaps(n, n_boot):
         return np.arange(2**n)[:, None] >> np.arange(n) & 1, 0
     return rng.integers(0, 2, (n_boot, n)), 1
 

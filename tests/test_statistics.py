@@ -158,6 +158,8 @@ def test_p_is_that_of_all_swaps(metric, monkeypatch):
             y, a, b, groups, n_boot=n_boot, rng=np.random.default_rng(0), **given
         )
         assert found.p == pytest.approx(exact, abs=1e-12) and found.p >= 2.0**-4
+        assert statistics.least_p(5, n_boot) == 2.0**-4
+    assert statistics.least_p(30, 99) == 0.01
     monkeypatch.setattr(statistics, "_ALL_SWAPS", 1)  # random ones, as where there are many more
     p = [
         statistics.paired_bootstrap(

@@ -274,9 +274,10 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     )
     own, labels = [{name} for name in names], pool.table["label"].iloc[chosen].tolist()
 
+    margin = settings()["seam"][0]
+
     def distance(crops: np.ndarray, made: list[Composite]) -> float:
         """Kernel distance x 1000 of the crops of all places from real crops of other images."""
-        margin = settings()["seam"][0]
         shown = [shown_in(pool, row, c.replacements, margin=margin) for c, row in places(made)]
         classes = labels, [c.label for c, _ in places(made)]
         return 1000 * quality.mmd2(real, crops, origins=(own, shown), classes=classes)
