@@ -18,7 +18,6 @@ import numpy as np
 from helpers import phantom
 from helpers.phantom_architecture import ARCHITECTURES, vary
 from helpers.processes import in_order
-from helpers.training import keep_to_settings
 
 #: Side of a stored scene; training crops are cut from it.
 SCENE = 320
@@ -303,6 +302,8 @@ def prepare(
     ValueError
         If what is there was rendered with another seed, size of a shard or share of tissue.
     """
+    from helpers.training import keep_to_settings  # loads torch, which workers need not
+
     folder = Path(folder)
     keep_to_settings(folder, seed=seed, shard=shard, share=share)
     work = partial(_render_shard, folder, seed=seed, shard=shard, share=share)
