@@ -231,7 +231,8 @@ class ProbabilisticReplacement(Common):
         Field(description="uncovered target: repainted, or covered with the source's surroundings"),
     ]
     stain: Annotated[
-        Literal["reinhard", "macenko", "none"], Field(description="stain matching of the paste")
+        Literal["transport", "reinhard", "macenko", "none"],
+        Field(description="stain matching of the paste"),
     ]
     seam_out: Annotated[
         Natural, Field(description="how far the seam may leave its outline outwards, pixels")

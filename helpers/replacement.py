@@ -34,7 +34,7 @@ from helpers.placement import (
 )
 from helpers.pool import Pool
 from helpers.seam import BLEND_REACH, blend, disc, least_cut, near_outline
-from helpers.stain import apply_stain, match_stain, measure_stain
+from helpers.stain import METHODS, apply_stain, match_stain, measure_stain
 
 __all__ = [
     "PLACEMENTS",
@@ -300,7 +300,7 @@ def compose(
     method: str = "moments",
     scale_limits: tuple[float, float] = (0.5, 2.0),
     stretch_limit: float = 1.5,
-    stain: str = "reinhard",
+    stain: str = "transport",
     band: int = 3,
     fill: str = "surround",
     gap: str = "inpaint",
@@ -335,7 +335,7 @@ def compose(
         on cut side instead, unless the sampler treats it as a whole one.
     scale_limits, stretch_limit
         As in :func:`helpers.placement.affine_from_moments`.
-    stain : {"reinhard", "macenko", "none"}
+    stain : {"transport", "reinhard", "macenko", "none"}
         Stain matching, see :func:`helpers.stain.match_stain`. Where an image has too little tissue
         to measure a stain on, the paste keeps its colours and the record says "none".
     band, fill, gap, seam, feather
@@ -580,8 +580,8 @@ def _check_compose(
         raise ValueError(f"area_range={area_range}: give 0 <= low <= high <= 1")
     if method not in PLACEMENTS:
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(PLACEMENTS)}")
-    if stain not in ("none", "reinhard", "macenko"):
-        raise ValueError(f"stain={stain!r} is unknown: use reinhard, macenko or none")
+    if stain not in METHODS:
+        raise ValueError(f"stain={stain!r} is unknown: use {', '.join(METHODS)}")
     if tries < 1:
         raise ValueError(f"tries={tries}: draw at least once for a target")
     if feather * BLEND_REACH > band:

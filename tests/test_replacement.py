@@ -154,7 +154,8 @@ def test_the_image_border_is_no_outline():
 
 @pytest.mark.parametrize("method", ["moments", "boxes"])
 @pytest.mark.parametrize(
-    ("stain", "feather"), [("reinhard", 0), ("reinhard", 1), ("macenko", 0), ("none", 1)]
+    ("stain", "feather"),
+    [("transport", 0), ("transport", 1), ("reinhard", 0), ("macenko", 0), ("none", 1)],
 )
 def test_composite_keeps_its_promises(method, stain, feather):
     pool, images = toy_pool(8, 6)

@@ -27,7 +27,7 @@ from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
 from helpers.replacement import Composite, Sampler, effective_sources, paste, shown_in
 from helpers.seam import blend
-from helpers.stain import match_stain
+from helpers.stain import colour_gap, match_stain
 
 #: What is changed of the settings of chapter 04, of the draws or of the composing.
 CHANGES = {
@@ -38,6 +38,8 @@ CHANGES = {
     "scales 0.5 to 2": {"scale_limits": (0.5, 2.0), "stretch_limit": 2.0},
     "placed by moments": {"method": "moments"},
     "no stain matching": {"stain": "none"},
+    "stain by Reinhard": {"stain": "reinhard"},
+    "stain by Macenko": {"stain": "macenko"},
     "seam on the outline": {"seam": (0, 0)},
     "hard edge": {"seam": (0, 0), "feather": 0},
 }
@@ -113,6 +115,12 @@ def places(made: list[Composite]) -> list[tuple[Composite, int]]:
     return [(c, done["target_row"]) for c in made for done in c.replacements]
 
 
+def foreign(c: Composite, pool: Pool) -> float:
+    """How far the colours of what is pasted are from the rest of the target image."""
+    gone = np.any([pool.mask(done["target_row"]) for done in c.replacements], axis=0)
+    return colour_gap(c.image, c.pasted, c.original, ~gone)
+
+
 def replaced(
     pool: Pool, classes: list[str], image, embed, distance: Callable[..., float], n: int
 ) -> Iterator[dict]:
@@ -130,6 +138,7 @@ def replaced(
             "before": distance(before, made),
             "replaced": distance(after, made),
             "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
+            "colours": np.nanmean([foreign(c, pool) for c in made]),
             "images": len(made),
             "sources": effective_sources(sampler.counts),
             "crops": len(after),
