@@ -9,18 +9,24 @@ Whatever touches pixels runs where the masks are, on a GPU too; only small table
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from segment_anything.modeling import Sam
 
 from helpers.crops import Box, crop_boxes, explained, resample, share_out, without
+from helpers.files import read_json, replacing
+from helpers.processes import in_threads
 from helpers.sam import MIN_SIDE, Embedding, Proposals, check_image, embed, propose
-from helpers.segment_table import cut_by_border
+from helpers.segment_table import Segments, cut_by_border, join, load_coco, save_coco
 from helpers.superpixels import draw_points, most_superpixels, superpixels
 
 LINKAGES = ("average", "complete", "single")
@@ -257,8 +263,6 @@ class Segmentation:
     masks : (m, H, W) bool ndarray
     scores : (m,) float64 ndarray
         Predicted IoU of each anchor.
-    support : (m,) float64 ndarray
-        Share of the superpixel's proposals that lie in the winning cluster.
     superpixel : (m,) int64 ndarray
         Superpixel whose anchor the segment is, counted through all crops.
     layer : (m,) int64 ndarray
@@ -275,7 +279,6 @@ class Segmentation:
 
     masks: np.ndarray
     scores: np.ndarray
-    support: np.ndarray
     superpixel: np.ndarray
     layer: np.ndarray
     border: np.ndarray
@@ -284,6 +287,16 @@ class Segmentation:
 
     def __len__(self) -> int:
         return len(self.masks)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Segments, superpixels, segments cut by the border, and what was dropped, by reason."""
+        return {
+            "segments": len(self),
+            "superpixels": self.n_superpixels,
+            "cut by border": int(self.border.sum()),
+            **self.n_dropped,
+        }
 
 
 @dataclass(frozen=True)
@@ -565,11 +578,10 @@ def choose_anchors(
     proposals: Proposals,
     n_superpixels: int,
     *,
-    asked: np.ndarray | None = None,
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """Choose the anchor of every superpixel from its K consecutive proposals.
 
     Parameters
@@ -577,8 +589,6 @@ def choose_anchors(
     proposals : Proposals
         n_superpixels x K proposals, superpixel by superpixel.
     n_superpixels : int
-    asked : (n_superpixels, K) bool ndarray, optional
-        Prompts that were decoded; by default all.
     distance_threshold : float
         Relative to the image side s = sqrt(H W).
     linkage, iou_duplicate
@@ -586,10 +596,8 @@ def choose_anchors(
 
     Returns
     -------
-    index : (n_superpixels,) int64 ndarray
+    (n_superpixels,) int64 ndarray
         Index into `proposals`, -1 where all proposals are empty.
-    support : (n_superpixels,) float64 ndarray
-        Share of the decoded proposals in the winning cluster.
     """
     masks = (proposals.logits > 0).unflatten(0, (n_superpixels, -1))
     k = masks.shape[1]
@@ -597,16 +605,52 @@ def choose_anchors(
     scores = proposals.iou.reshape(n_superpixels, k)
     threshold = distance_threshold * float(np.sqrt(np.prod(proposals.original_size)))
     index = np.full(n_superpixels, -1, np.int64)
-    support = np.zeros(n_superpixels)
     for i in range(n_superpixels):
         filled, labels, among = _cluster_filled(vectors[i], overlap[i], threshold, linkage)
         if not len(filled):
             continue
         best = anchor_index(among, scores[i, filled], labels, iou_duplicate=iou_duplicate)
         index[i] = i * k + filled[best]
-        n_asked = k if asked is None else asked[i].sum()
-        support[i] = (labels == labels[best]).sum() / n_asked
-    return index, support
+    return index
+
+
+def repeated(prompted: Sequence[Prompted], **clustering: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How two runs with other random prompts agree: by one prompt and by the anchor.
+
+    The first K and the last K of 2K prompts play the two runs, superpixel by superpixel.
+
+    Parameters
+    ----------
+    prompted : sequence of Prompted
+        With 2K prompts in each superpixel.
+    **clustering
+        Of :func:`choose_anchors`.
+
+    Returns
+    -------
+    answered : (n, 2, 2) bool ndarray
+        Whether superpixel, way (its first prompt, its anchor) and run have a mask that is not
+        empty.
+    iou : (n, 2) float64 ndarray
+        Of the masks of the two runs, by superpixel and way; 0 where both are empty.
+    """
+    answered, overlap = [], []
+    for crop in prompted:
+        k = crop.points.shape[1] // 2
+        halves = (take([crop], part)[0] for part in (slice(k), slice(k, 2 * k)))
+        one, two = (_both_ways(half, **clustering) for half in halves)
+        answered.append(np.stack([one.any((-2, -1)), two.any((-2, -1))], axis=-1))
+        overlap.append(iou_matrix(one[:, :, None], two[:, :, None])[..., 0, 0])
+    return np.concatenate(answered), np.concatenate(overlap)
+
+
+def _both_ways(crop: Prompted, **clustering: Any) -> np.ndarray:
+    """Masks (n, 2, h, w) of a crop's superpixels: of the first prompt and of the anchor."""
+    n = len(crop.points)
+    masks, index = crop.proposals.masks(), choose_anchors(crop.proposals, n, **clustering)
+    chosen = masks[index]
+    chosen[index < 0] = False
+    return np.stack([masks[:: len(masks) // n], chosen], axis=1)
 
 
 def anchors(
@@ -681,7 +725,6 @@ def anchors(
     return Segmentation(
         masks=masks,
         scores=iou[rows],
-        support=found["support"][rows],
         superpixel=rows,
         layer=np.array([prompted[i].layer for i in found["crop"][rows]], np.int64),
         border=cut_by_border(masks),
@@ -700,7 +743,7 @@ def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndar
     parts = []
     for number, crop in enumerate(prompted):
         n, (x0, y0, x1, y1) = len(crop.points), crop.box
-        index, support = choose_anchors(crop.proposals, n, asked=crop.asked, **clustering)
+        index = choose_anchors(crop.proposals, n, **clustering)
         logits = crop.proposals.logits[index]
         logits[index < 0] = -1.0
         share = (x1 - x0) * (y1 - y0) / (crop.size[0] * crop.size[1])
@@ -708,7 +751,6 @@ def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndar
             {
                 "crop": np.full(n, number),
                 "index": index,
-                "support": support,
                 "iou": crop.proposals.iou[index].astype(np.float64),
                 "area": (logits > 0).float().mean((1, 2)).cpu().numpy() * share,
                 "masks": resample(logits, crop.box, crop.size, raster).cpu().numpy(),
@@ -751,6 +793,54 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     first = {key: value for key, value in settings.items() if key in of_prompt}
     second = {key: value for key, value in settings.items() if key in of_anchors}
     return anchors(prompt(sam, image, rng=rng, **first), **second)
+
+
+def segment_all(
+    work: Callable[[Any], tuple[Segmentation, Any]],
+    images: pd.DataFrame,
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+) -> tuple[Segments, list[Any]]:
+    """Segment many images, and go on where a run that was stopped left off.
+
+    Below `folder`, ``<image_id>.json`` holds the segments of an image as COCO JSON and
+    ``<image_id>.rows.json`` what else is kept of it, written last: an image that has the second
+    file is not segmented again.
+
+    Parameters
+    ----------
+    work : callable
+        Row of `images`, a Series, to the segments of the image and what else is to be kept of it,
+        as JSON can hold it.
+    images : DataFrame
+        One row an image, as for :func:`helpers.segment_table.collect`.
+    folder : str or Path
+        Where the files lie. It has to be emptied when `work` changes.
+    device : str or torch.device
+        Where `work` runs its network; a CPU works on several images at once.
+
+    Returns
+    -------
+    segments : Segments
+        Of all images, in their order.
+    kept : list
+        What else is kept of each.
+    """
+
+    def file(row: int) -> None:
+        image_id = images["image_id"].iloc[row]
+        found, rest = work(images.iloc[row])
+        save_coco(folder / f"{image_id}.json", images.iloc[[row]], {image_id: found})
+        with replacing(folder / f"{image_id}.rows.json") as path:
+            path.write_text(json.dumps(rest), encoding="utf-8")
+
+    folder = Path(folder)
+    rows = [folder / f"{image_id}.rows.json" for image_id in images["image_id"]]
+    for _ in in_threads(file, [i for i, path in enumerate(rows) if not path.exists()], device):
+        pass
+    parts = [load_coco(folder / f"{image_id}.json") for image_id in images["image_id"]]
+    return join(parts), [read_json(path) for path in rows]
 
 
 def segmentation_map(masks: np.ndarray) -> np.ndarray:

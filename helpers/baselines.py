@@ -6,7 +6,10 @@ as the anchors have in the same image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -16,7 +19,7 @@ from skimage.color import rgb2lab
 from skimage.segmentation import felzenszwalb, slic
 from sklearn.cluster import AgglomerativeClustering
 
-from helpers.anchors import Prompted, anchors, take
+from helpers.anchors import Prompted, anchors, match_glands, take
 from helpers.sam import check_image, default_batch
 
 
@@ -118,7 +121,8 @@ def automatic(
     min_area, max_area : float
         Shares of the image.
     iou_merge : float
-        Overlap of boxes from which the generator drops the lower-ranked mask.
+        Overlap of boxes from which the generator drops a mask: within a crop that of the lower
+        predicted IoU, of two crops that of the larger crop.
 
     Returns
     -------
@@ -126,16 +130,17 @@ def automatic(
     """
     _check_count(n)
     image = check_image(image)
-    side = grid_side(n_prompts / (crop_n_layers + 1))
+    side = grid_side(n_prompts, crop_n_layers)
     generator = SamAutomaticMaskGenerator(
         sam,
         points_per_side=side,
-        crop_n_layers=min(crop_n_layers, side.bit_length() - 1),  # a crop has a prompt at least
+        crop_n_layers=_layers(side, crop_n_layers),
         crop_n_points_downscale_factor=2,
         points_per_batch=default_batch(sam),
         pred_iou_thresh=0.0,
         stability_score_thresh=0.0,
         box_nms_thresh=iou_merge,
+        crop_nms_thresh=iou_merge,
     )
     pixels = image.shape[0] * image.shape[1]
     found = generator.generate(image)
@@ -171,10 +176,98 @@ def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarr
 CLASSICAL = {"SLIC": slic_alone, "SLIC, merged": slic_merged, "Felzenszwalb": graph_based}
 
 
-def grid_side(n_prompts: float) -> int:
-    """Points a side of the square grid whose number of points is nearest to `n_prompts`."""
-    low = max(1, int(np.sqrt(n_prompts)))
-    return min(low, low + 1, key=lambda side: abs(side**2 - n_prompts))
+def rivals(
+    sam: Sam,
+    image: np.ndarray,
+    prompted: Sequence[Prompted],
+    n: int,
+    *,
+    settings: Mapping[str, Any],
+    crop_n_layers: int,
+    with_automatic: bool = False,
+) -> dict[str, Callable[[], np.ndarray]]:
+    """The methods that the anchors of an image are compared with.
+
+    Parameters
+    ----------
+    sam : Sam
+    image : (H, W, 3) uint8 ndarray
+    prompted : sequence of Prompted
+        Of this image, as for :func:`single_prompts`.
+    n : int
+        Segments asked of each method.
+    settings : mapping
+        Of :func:`helpers.anchors.anchors`, `min_area` among them.
+    crop_n_layers : int
+        Of :func:`automatic`, which is asked for as many prompts as `prompted` has.
+    with_automatic : bool
+        Whether :func:`automatic`, which is slow, is among them.
+
+    Returns
+    -------
+    dict of str to callable
+        Name of each method, and (m, H, W) masks when called, so that each can be timed.
+    """
+    ways = {"single prompts": partial(single_prompts, prompted, n, **settings)}
+    ways |= {name: partial(method, image, n) for name, method in CLASSICAL.items()}
+    if with_automatic:
+        ways["automatic masks"] = partial(
+            automatic, sam, image, n, n_prompts=sum(int(crop.asked.sum()) for crop in prompted),
+            crop_n_layers=crop_n_layers, min_area=settings["min_area"],
+        )  # fmt: skip
+    return ways
+
+
+def judged(
+    ways: Mapping[str, Callable[[], np.ndarray]],
+    instances: np.ndarray,
+    *,
+    min_area: float = 0.0,
+    spent: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Call each method and compare its segments with annotated glands.
+
+    Parameters
+    ----------
+    ways : mapping of str to callable
+        Name of each method, and (m, H, W) masks when called.
+    instances : (H, W) int ndarray
+        Gland instances, 0 = none.
+    min_area : float
+        Of :func:`helpers.anchors.match_glands`.
+    spent : mapping of str to float, optional
+        Seconds that a method has taken before it is called.
+
+    Returns
+    -------
+    list of dict
+        One a method: method, seconds, and what :func:`helpers.anchors.match_glands` gives.
+    """
+    rows = []
+    for method, way in ways.items():
+        start = time.perf_counter()
+        masks = way()
+        seconds = time.perf_counter() - start + (spent or {}).get(method, 0.0)
+        match = match_glands(masks, instances, min_area=min_area)
+        rows.append({"method": method, "seconds": seconds, **match})
+    return rows
+
+
+def grid_side(n_prompts: int, n_layers: int = 0) -> int:
+    """Points a side of the grid with which the generator asks nearest to `n_prompts` in all.
+
+    Layer l has 4^l crops, whose grids have 2^l times fewer points a side, rounded down.
+    """
+
+    def asked(side: int) -> int:
+        return sum((2**k * (side // 2**k)) ** 2 for k in range(_layers(side, n_layers) + 1))
+
+    return min(range(1, int(np.sqrt(n_prompts)) + 2), key=lambda side: abs(asked(side) - n_prompts))
+
+
+def _layers(side: int, n_layers: int) -> int:
+    """Layers of crops that have a prompt in each crop at least."""
+    return min(n_layers, side.bit_length() - 1)
 
 
 def _slic(image: np.ndarray, n: int, compactness: float) -> np.ndarray:

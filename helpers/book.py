@@ -28,7 +28,8 @@ from typing import Any
 
 import nbformat
 
-from helpers import config, execute, runs
+from helpers import config, runs
+from helpers.files import sha256
 
 __all__ = ["build", "chapter_page", "main", "picture", "run_page"]
 
@@ -48,7 +49,7 @@ def chapter_page(run: str, chapter: str) -> nbformat.NotebookNode:
     ValueError
         If its code has changed since, or it ended in an error.
     """
-    path = execute.executed(run, chapter)
+    path = runs.executed(run, chapter)
     if not path.exists():
         raise FileNotFoundError(
             f"run {run!r} has no executed chapter {chapter}: "
@@ -98,7 +99,7 @@ def _injected(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def run_page(run: str) -> str:
     """Markdown page about the run behind the book: settings, times, memory, versions."""
     record = runs.load(runs.root() / run / "run.json")
-    times, versions, rows = execute.timings(run), {}, []
+    times, versions, rows = runs.timings(run), {}, []
     for chapter in config.CHAPTERS:
         path = runs.root() / run / chapter / "manifest.json"
         manifest = runs.load(path)
@@ -216,7 +217,7 @@ def _digest() -> str:
     for path in sorted(p for p in BOOK.rglob("*") if p.is_file()):
         name = path.relative_to(BOOK).as_posix()
         if not name.startswith("_build/"):
-            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            digest.update(f"{name} {sha256(path)}\n".encode())
     for tool in ("jupyter-book", "sphinx", "myst-nb", "sphinx-exercise"):
         digest.update(f"{tool} {importlib.metadata.version(tool)}\n".encode())
     return digest.hexdigest()

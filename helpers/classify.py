@@ -10,8 +10,6 @@ one generator.
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,22 +22,23 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from tqdm import tqdm
 
 from helpers import features
+from helpers.files import replacing
+from helpers.weights import read_tensors
 
 __all__ = [
     "NAMES",
     "Classifier",
     "Training",
     "build_classifier",
-    "cosine_rate",
     "fit",
     "learning_rates",
     "native_size",
     "predict",
     "resize",
-    "save_classifier",
 ]
 
 #: Networks of the paper, and the small one whose ImageNet weights are always at hand.
@@ -49,9 +48,6 @@ NAMES = ("lite0", "efficientnet_b0", "resnet50", "densenet121", "ctranspath")
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 #: Epochs between two warm restarts in the paper, T_0.
 RESTART = 25
-
-_STATISTICS = {"lite0": ((0.5,) * 3, (0.5,) * 3)}
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Classifier(nn.Module):
@@ -73,7 +69,7 @@ class Classifier(nn.Module):
     def __init__(self, name: str, network: nn.Module, n_classes: int) -> None:
         super().__init__()
         self.name, self.n_classes, self.network = name, n_classes, network
-        mean, std = _STATISTICS.get(name, _IMAGENET)
+        mean, std = features.HALF if name == "lite0" else features.IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -121,7 +117,6 @@ def build_classifier(
     n_classes: int,
     *,
     weights: str | Path | None = None,
-    keep_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Classifier:
     """Build a classifier.
@@ -135,10 +130,8 @@ def build_classifier(
     weights : path or str, optional
         ``"random"``, ``"hub"`` (timm's ImageNet weights; for CTransPath its hub model), or a
         checkpoint, ``.safetensors`` or torch. By default lite0 starts from the ImageNet weights of
-        its package, CTransPath from the hub, the others at random.
-    keep_head : bool
-        Take the last layer from the checkpoint as well, to go on with a classifier that
-        :func:`save_classifier` wrote. Otherwise it starts at random.
+        its package, CTransPath from the hub, the others at random. The last layer always starts
+        at random.
     generator : torch.Generator, optional
         Source of random weights; by default one with seed 0.
 
@@ -150,8 +143,8 @@ def build_classifier(
     Raises
     ------
     ValueError
-        For an unknown name, fewer than two classes, or a checkpoint that is damaged, belongs to
-        another network or, with `keep_head`, to another number of classes.
+        For an unknown name, fewer than two classes, or a checkpoint that is damaged or belongs to
+        another network.
     FileNotFoundError
         If there is no such checkpoint.
     ConnectionError
@@ -171,17 +164,11 @@ def build_classifier(
         else:
             network = _blank(name, n_classes)
             if weights is None and name == "lite0":
-                _load(network, features.lite_state_dict(), "the package of lite0", False)
+                _load_body(network, features.lite_state_dict(), "the package of lite0")
             elif weights not in (None, "random"):
-                _load(network, _read(Path(weights)), str(weights), keep_head)
+                remedy = "give a .safetensors or .pth file, 'hub' or 'random'"
+                _load_body(network, read_tensors(weights, remedy), str(weights))
     return Classifier(name, network, n_classes).eval()
-
-
-def save_classifier(classifier: Classifier, path: str | Path) -> None:
-    """Write the weights of a classifier as safetensors, for ``build_classifier(weights=path)``."""
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in classifier.network.state_dict().items()}, path)
 
 
 def _known(name: str) -> None:
@@ -209,44 +196,11 @@ def _from_hub(name: str, n_classes: int) -> nn.Module:
         ) from error
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint, without running any code that it may hold."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint {path}: give a .safetensors or .pth file, 'hub' or 'random'"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors has exceptions of its own
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}): the file "
-            "is damaged or holds something else; download or train it again"
-        ) from error
-    for key in ("model", "state_dict"):
-        content = content.get(key, content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(torch.is_tensor(v) for v in content.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors: it is no checkpoint of a network")
-    return {k.removeprefix("module.").removeprefix("network."): v for k, v in content.items()}
-
-
-def _load(network: nn.Module, found: Mapping[str, torch.Tensor], where: str, head: bool) -> None:
-    wanted = network.state_dict()
-    last = _head(network)
-    if head:
-        key = f"{last}.weight"
-        if key not in found or found[key].shape != wanted[key].shape:
-            has = len(found[key]) if key in found else "no"
-            raise ValueError(
-                f"{where} has {has} classes, {len(wanted[key])} are asked for: leave keep_head "
-                "out to start the last layer anew, or change the number of classes"
-            )
-    else:
-        wanted = {k: v for k, v in wanted.items() if not k.startswith(f"{last}.")}
+def _load_body(network: nn.Module, found: Mapping[str, torch.Tensor], where: str) -> None:
+    """All layers but the last from a state dictionary."""
+    found = {k.removeprefix("module.").removeprefix("network."): v for k, v in found.items()}
+    last = f"{_head(network)}."
+    wanted = {k: v for k, v in network.state_dict().items() if not k.startswith(last)}
     missing = [k for k in wanted if k not in found]
     wrong = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
     if missing or wrong:
@@ -266,27 +220,6 @@ def _head(network: nn.Module) -> str:
 # --- training -------------------------------------------------------------------------------------
 
 
-def cosine_rate(epoch: float, *, high: float, low: float, restart: int = RESTART) -> float:
-    """Learning rate of cosine annealing with warm restarts.
-
-    Parameters
-    ----------
-    epoch : float
-        Epochs done, from 0.
-    high, low : float
-        Learning rate right after a restart, and the limit before the next one.
-    restart : int
-        Epochs between restarts, T_0.
-
-    Returns
-    -------
-    float
-        low + (high - low) (1 + cos(pi T / T_0)) / 2, T = epoch mod T_0 (Loshchilov and Hutter,
-        "SGDR", 2017, Eq. 5).
-    """
-    return low + (high - low) * (1 + math.cos(math.pi * (epoch % restart) / restart)) / 2
-
-
 def fit(
     classifier: Classifier,
     images: np.ndarray,
@@ -298,14 +231,12 @@ def fit(
     steps_per_epoch: int | None = None,
     batch_size: int = 64,
     rates: tuple[float, float] | None = None,
-    restart: int | None = None,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch_transform: Callable[..., Any] | None = None,
     generator: torch.Generator,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
     progress: bool = False,
-    description: str = "training",
 ) -> Training:
     """Train a classifier in place, and leave it in its best state on the validation images.
 
@@ -328,9 +259,8 @@ def fit(
         Images a step, at least 2. Images come in the order of one permutation after another, so
         that every batch is full.
     rates : (float, float), optional
-        Highest and lowest learning rate, by default :func:`learning_rates`.
-    restart : int, optional
-        Epochs between warm restarts, by default 25, or `epochs` if that is less.
+        Highest and lowest learning rate, by default :func:`learning_rates`: cosine annealing with
+        a warm restart every :data:`RESTART` epochs, or every `epochs` if they are fewer.
     transform : callable, optional
         Augmentation of one image: (3, H, W) uint8 tensor to (3, H, W) uint8 or float in [0, 1].
     batch_transform : callable, optional
@@ -342,8 +272,6 @@ def fit(
         Written after each epoch; a training that finds the file goes on from it. Remove it when
         the training is done with.
     progress : bool
-    description : str
-        Head of the progress bar.
 
     Returns
     -------
@@ -374,11 +302,11 @@ def fit(
         validation = _checked(val_images, val_labels, classifier.n_classes, "validation")
     steps_per_epoch = steps_per_epoch or -(-len(images) // batch_size)
     high, low = rates or learning_rates(classifier.name)
-    restart = restart or min(RESTART, epochs)
     seed = _draw_seed(generator)
 
     classifier.to(device, memory_format=torch.channels_last)  # faster on CPU and GPU
     optimiser = torch.optim.Adam(classifier.parameters(), lr=high, betas=BETAS, eps=EPSILON)
+    schedule = CosineAnnealingWarmRestarts(optimiser, min(RESTART, epochs), eta_min=low)
     state = _resume(checkpoint, classifier, optimiser, seed) or {
         "epoch": 0, "curve": [], "best": _copy(classifier), "best_epoch": 0,
         "best_key": (-1.0, 0.0, 0),
@@ -386,20 +314,15 @@ def fit(
     batches = _Batches(images, labels, batch_size, seed, transform, batch_transform, device)
     bar = tqdm(
         total=epochs * steps_per_epoch, initial=state["epoch"] * steps_per_epoch,
-        desc=description, disable=not progress, leave=False,
+        desc="training", disable=not progress, leave=False,
     )  # fmt: skip
     try:
         with bar:
             for epoch in range(state["epoch"], epochs):
                 start = epoch * steps_per_epoch
                 with _seeded((seed + 1 + epoch) % 2**62):
-                    loss = _epoch(
-                        classifier, optimiser, batches, range(start, start + steps_per_epoch),
-                        lambda step: cosine_rate(
-                            step / steps_per_epoch, high=high, low=low, restart=restart
-                        ),
-                        bar,
-                    )  # fmt: skip
+                    steps = range(start, start + steps_per_epoch)
+                    loss = _epoch(classifier, optimiser, schedule, batches, steps, bar)
                 record = {"epoch": epoch + 1, "step": start + steps_per_epoch, "loss": loss}
                 record["rate"] = optimiser.param_groups[0]["lr"]
                 key = (0.0, 0.0, epoch)
@@ -503,13 +426,12 @@ class _Batches:
         return self._permutations[number]
 
 
-def _epoch(classifier, optimiser, batches: _Batches, steps: range, rate, bar) -> float:
+def _epoch(classifier, optimiser, schedule, batches: _Batches, steps: range, bar) -> float:
     """One epoch of optimiser steps; mean loss."""
     classifier.train()
     losses = []
     for step in steps:
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step)
+        schedule.step(step / len(steps))
         x, y = batches(step)
         loss = functional.cross_entropy(classifier(x), y)
         value = loss.item()
@@ -590,9 +512,8 @@ def _keep(path: str | Path | None, classifier, optimiser, seed: int, state: dict
         "seed": seed, "network": classifier.state_dict(), "optimiser": optimiser.state_dict(),
         "state": {**state, "best_key": list(state["best_key"])},
     }  # fmt: skip
-    part = Path(f"{path}.part")
-    torch.save(content, part)
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def _resume(path: str | Path | None, classifier, optimiser, seed: int) -> dict[str, Any] | None:

@@ -51,10 +51,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-#: Lists in the parameters cell are stored as tuples, so that a configuration is immutable.
-Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-
 Positive = Annotated[int, Field(ge=1)]
+#: Lists in the parameters cell are stored as tuples, so that a configuration is immutable.
 Counts = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -175,6 +173,14 @@ class SuperpixelPrompting(WithDevice):
     ]
     n_shown: Annotated[Positive, Field(description="images whose proposals are shown")]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`helpers.anchors.prompt`, all but those that chapter 02 sets."""
+        names = ("n_segments", "n_points", "crop_n_layers", "explained_iou", "compactness", "sigma",
+                 "points_per_batch", "mask_choice")  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
+        return given | {"dtype": torch_dtype(self.sam_precision)}
+
 
 class AnchorClustering(WithDevice):
     """02 anchor clustering."""
@@ -195,6 +201,18 @@ class AnchorClustering(WithDevice):
         bool, Field(description="ask no further prompts where the anchor is settled")
     ]
     n_ablation_images: Annotated[Positive, Field(description="annotated images of the ablations")]
+
+    @property
+    def clustering(self) -> dict[str, Any]:
+        """Arguments of :func:`helpers.anchors.choose_anchors`."""
+        names = ("distance_threshold", "linkage", "iou_duplicate")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`helpers.anchors.anchors`."""
+        names = ("pred_iou_thresh", "iou_merge", "min_area")
+        return self.clustering | {name: getattr(self, name) for name in names}
 
 
 class PcaPooling(WithDevice):

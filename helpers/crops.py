@@ -132,6 +132,8 @@ def explained(labels: np.ndarray, box: Box, size: tuple[int, int], masks: np.nda
         np.flatnonzero((at >= low) & (at < high))
         for at, low, high in zip(middles, (y0, x0), (y1, x1), strict=True)
     )
+    if not len(rows) or not len(columns):  # a strip so thin that no cell has its middle here
+        return np.zeros(n, bool)
     here = labels[middles[0][rows].astype(int) - y0][:, middles[1][columns].astype(int) - x0]
     windows = masks[:, rows[:, None], columns]
     cut = reaches(windows, inner_edges(box, size))

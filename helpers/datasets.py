@@ -751,15 +751,29 @@ def _names(folders: list[Path]) -> str:
     return ", ".join(p.name for p in folders)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_lines(path: Path) -> pd.DataFrame:
+    """Fields of a CSV as text, under the names of its first line; the index is the line number."""
     try:
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True, **_ONLY_EMPTY)
+        lines = pd.read_csv(
+            path, header=None, dtype=str, skipinitialspace=True, skip_blank_lines=False,
+            **_ONLY_EMPTY,
+        )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError) as error:
+        reason = str(error).rpartition("C error: ")[2].strip()
         raise ValueError(
-            f"{path} cannot be read as a CSV table ({error}): save it as UTF-8, separated by "
-            "commas."
+            f"{path} cannot be read as a CSV table ({reason}): save it as UTF-8, separated by "
+            "commas, with a name for every column in its first line and quotes around what holds "
+            "a comma."
         ) from None
-    table.columns = [str(c).strip() for c in table.columns]
+    lines.index += 1
+    names = [str(name).strip() for name in lines.iloc[0].fillna("")]
+    return lines.iloc[1:].dropna(how="all").set_axis(names, axis=1)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    table = _read_lines(path)
+    if twice := [c for c in _CSV_COLUMNS if list(table.columns).count(c) > 1]:
+        raise ValueError(f"{path} has more than one column {twice[0]!r}: keep one of them.")
     missing = [c for c in ("path", "label") if c not in table]
     if missing and re.search("[;\t\0]", "".join(table.columns)):
         raise ValueError(
@@ -786,16 +800,15 @@ def _read_csv(path: Path) -> pd.DataFrame:
     table = table.mask(table == "")
     for column in ("path", "label", *(c for c in ("split", "patient") if c in table)):
         if table[column].isna().any():
-            line = int(np.flatnonzero(table[column].isna())[0]) + 2
             raise ValueError(
-                f"{path}, line {line}: {column} is empty; fill it in, or remove the "
-                "column if it is optional."
+                f"{path}, line {table.index[table[column].isna()][0]}: {column} is empty; fill it "
+                "in, or remove the column if it is optional."
             )
     for column, kind in (("path", "image file"), ("mask", "label map")):
         if column in table:
             table[column] = [
                 _named_file(path, line, kind, text) if isinstance(text, str) else None
-                for line, text in enumerate(table[column], start=2)
+                for line, text in table[column].items()
             ]
     twice = table["path"][table["path"].duplicated()]
     if len(twice):

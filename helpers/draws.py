@@ -195,7 +195,7 @@ class Sampler:
     Raises
     ------
     ValueError
-        If `cut_sources` is unknown or the penalty is negative.
+        If `cut_sources` is unknown, or the penalty negative or no finite number.
     """
 
     def __init__(
@@ -211,8 +211,11 @@ class Sampler:
             raise ValueError(
                 f"cut_sources={cut_sources!r} is unknown: use one of {', '.join(CUT_SOURCES)}"
             )
-        if penalty < 0:
-            raise ValueError(f"penalty={penalty}: a draw must not make the next one likelier")
+        if not 0 <= penalty < np.inf:
+            raise ValueError(
+                f"penalty={penalty}: give a finite number that is not negative, 1 as in the paper, "
+                "0 for none; a draw must not make the next one likelier"
+            )
         self.pool = pool
         self.exclude_own_image = exclude_own_image
         self.exclude_own_patient = exclude_own_patient

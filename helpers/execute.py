@@ -7,7 +7,7 @@
     python -m helpers.execute --run tutorial-phantom --only 05 -p steps 100
 
 Parameters come from the notebook's parameters cell, then the preset, then ``--dataset`` and
-``--data-root``, then ``-p``; all of them are checked for all chapters before anything runs.
+``--data-root``, then ``-p``; all of them are checked for all chapters to run before any does.
 A chapter whose code, parameters, helpers, weights and inputs are those of its last run is left
 alone.
 """
@@ -18,7 +18,6 @@ import argparse
 import ast
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import signal
@@ -33,6 +32,8 @@ from typing import Any
 import yaml
 
 from helpers import config, runs
+from helpers.files import sha256
+from helpers.runs import executed, timings
 
 __all__ = ["execute", "main", "parameters_cell", "preset"]
 
@@ -122,10 +123,12 @@ def settings(
     Raises
     ------
     ValueError
-        Names every wrong parameter and every missing checkpoint of every chapter.
+        Names every wrong parameter and every missing checkpoint of every chapter; of what the
+        chapters share, such as the seed, only the first.
     """
     if wrong := config.unknown(given):
         raise ValueError("unknown parameters, nothing has been run:\n  - " + "\n  - ".join(wrong))
+    _check_common(chapters, given)
     checked, told, problems = {}, {}, []
     for chapter in chapters:
         cell = parameters_cell(chapter)
@@ -140,6 +143,14 @@ def settings(
     if problems:
         raise ValueError("\n".join(problems))
     return checked, told
+
+
+def _check_common(chapters: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Check what chapters share in the first that has it: each of them would repeat the error."""
+    for name in config.COMMON:
+        chapter = next((c for c in chapters if name in config.names(c)), None)
+        if chapter and name in given:
+            config.build(chapter, {**parameters_cell(chapter), name: given[name]})
 
 
 def execute(
@@ -172,10 +183,12 @@ def execute(
     ValueError
         For wrong parameters, before anything runs.
     runs.Failed
-        When a chapter stops with an error; what was there before it is kept.
+        When a chapter that they build on is missing, before anything runs, or when one stops
+        with an error; what was there before it is kept.
     """
     chapters = list(only) if only else list(config.CHAPTERS)
     checked, told = settings(chapters, {**given, "run": run})
+    _check_needs(run, chapters)
     start, done = time.perf_counter(), []
     print(f"run {run}: {len(chapters)} chapters")
     for chapter in chapters:
@@ -197,15 +210,22 @@ def execute(
     return done
 
 
-def timings(run: str) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory of each chapter when it last ran: ``timings.json`` of the run."""
-    path = runs.root() / run / "timings.json"
-    return runs.load(path) if path.exists() else {}
+def _check_needs(run: str, chapters: Sequence[str]) -> None:
+    """Name all chapters at once that are neither to be run nor finished, and that others need."""
+    wanted = set(chapters)
+    for chapter in reversed(runs.NEEDS):
+        if chapter in wanted:
+            wanted |= {need for need in runs.NEEDS[chapter] if not _finished(run, need)}
+    if missing := [c for c in runs.NEEDS if c in wanted.difference(chapters)]:
+        every = " ".join(c for c in runs.NEEDS if c in wanted)
+        raise runs.Failed(
+            f"run {run!r} has not finished {', '.join(missing)}, which the others build on. Run "
+            f"them as well: python -m helpers.execute --run {run} --only {every}"
+        )
 
 
-def executed(run: str, chapter: str) -> Path:
-    """Executed notebook of a chapter in the run folder."""
-    return runs.root() / run / "notebooks" / f"{chapter}.ipynb"
+def _finished(run: str, chapter: str) -> bool:
+    return (runs.root() / run / chapter / "manifest.json").exists()
 
 
 def _check_images(run: str, chapters: Sequence[str]) -> None:
@@ -258,7 +278,7 @@ def _code(path: Path) -> list[str]:
 
 def _record(run: str, chapter: str) -> dict[str, str]:
     manifest = runs.root() / run / chapter / "manifest.json"
-    return {"manifest": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+    return {"manifest": sha256(manifest)}
 
 
 def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
@@ -350,7 +370,7 @@ _DATA = ("dataset", "data_root")
 
 
 def chapter_named(text: str) -> str:
-    """Full name of a chapter from its name or its number, e.g. ``05`` or ``A1``.
+    """Full name of a chapter from its name or its number, e.g. ``05``, ``5`` or ``A1``.
 
     Raises
     ------
@@ -358,7 +378,8 @@ def chapter_named(text: str) -> str:
         If no chapter starts like that.
     """
     name = Path(text).stem
-    found = [c for c in config.CHAPTERS if c == name or c.split("_")[0].lower() == name.lower()]
+    number = name.upper().zfill(2)
+    found = [c for c in config.CHAPTERS if c == name or c.split("_")[0] == number]
     if not found:
         near = difflib.get_close_matches(name, config.CHAPTERS, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(config.CHAPTERS)}"
@@ -374,8 +395,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="data set, in place of the preset's")
     parser.add_argument("--data-root", help="folder of the data set")
     parser.add_argument("--run", help="run folder; default <preset>-<dataset>")
-    parser.add_argument("--only", nargs="+", metavar="CHAPTER", help="these chapters, e.g. 05 A1")
-    parser.add_argument("--from", dest="start", metavar="CHAPTER", help="this chapter and later")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--only", nargs="+", metavar="CHAPTER", help="these chapters, e.g. 05 A1")
+    part.add_argument("--from", dest="start", metavar="CHAPTER", help="this chapter and later")
     parser.add_argument("--force", action="store_true", help="run them even if up to date")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter"
@@ -420,7 +442,7 @@ def resolve(
         given["data_root"] = str(_existing(given["data_root"]))
         if "data_root" in options:
             options["data_root"] = given["data_root"]
-    if old and not arguments.force:
+    if old and _finished(run, "00_tissue") and not arguments.force:
         _same_data(run, old, given)
     run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
     chapters = [chapter_named(text) for text in arguments.only or ()]
@@ -428,9 +450,21 @@ def resolve(
         every = list(config.CHAPTERS)
         chapters = every[every.index(chapter_named(arguments.start)) :]
     ordered = [c for c in config.CHAPTERS if not chapters or c in chapters]
+    _check_owners([name for name, _ in arguments.p], ordered)
     given["run"] = run
-    settings(ordered, given)
+    settings(sorted({"00_tissue", *ordered}), given)  # any command may name the data
     return run, given, ordered, {"preset": name, "options": options}
+
+
+def _check_owners(names: Sequence[str], chapters: Sequence[str]) -> None:
+    """Refuse options of chapters that are not to run: they would neither be checked nor used."""
+    for name in names:
+        owners = [c for c in config.CHAPTERS if name in config.names(c)]
+        if owners and not set(owners) & set(chapters):
+            raise ValueError(
+                f"-p {name} belongs to chapter {owners[0]}, which --only or --from leaves out: "
+                "leave the option out, or take the chapter in"
+            )
 
 
 def _same_data(run: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -453,11 +487,37 @@ def _existing(folder: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _remembered(run: str, record: Mapping[str, Any]) -> Iterator[None]:
+    """Keep what a run is made with in its ``run.json``, from the start, also if it is stopped.
+
+    After an error it is again what made the chapters that are there, if there are any.
+    """
+    note = runs.root() / run / "run.json"
+    old = runs.load(note) if note.exists() and _finished(run, "00_tissue") else record
+    runs.dump(note, record)
+    try:
+        yield
+    except Exception:
+        runs.dump(note, old)
+        raise
+
+
 def _list_parameters() -> None:
     for chapter, model in config.CHAPTERS.items():
         print(chapter)
         for name, field in model.model_fields.items():
             print(f"  {name:<24} {field.description}")
+
+
+def _said(error: Exception) -> str:
+    """Message of an error; one of the system also says where runs are written."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    return (
+        f"{error}: runs are kept in {runs.root()}, which has to be a folder that you may write to, "
+        "with space left; USEGMIX_RUNS names another"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -469,20 +529,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped like by Ctrl-C
     try:
         run, given, chapters, record = resolve(parsed)
-        note = runs.root() / run / "run.json"
-        if not note.exists():
-            runs.dump(note, record)
-        execute(run, given, only=chapters, force=parsed.force)
-        runs.dump(note, record)
+        with _remembered(run, record):
+            execute(run, given, only=chapters, force=parsed.force)
         if parsed.book:
             from helpers import book
 
             book.build(run)
-    except (ValueError, FileNotFoundError, runs.Failed) as error:
-        print(f"\n{error}", file=sys.stderr)
+    except (ValueError, OSError, runs.Failed) as error:
+        print(f"\n{_said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; finished chapters are kept", file=sys.stderr)
+        print("\nstopped; finished chapters and the options are kept", file=sys.stderr)
         return 130
     return 0
 

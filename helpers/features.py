@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from helpers.config import torch_device
 from helpers.pool import Pool, append, check_leakage
 from helpers.segment_table import Segments, drop_duplicates, rows_by_image, tidy
+from helpers.weights import read_tensors
 
 with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -34,6 +34,8 @@ with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the boo
 
 __all__ = [
     "CTRANSPATH_HUB",
+    "HALF",
+    "IMAGENET",
     "ConvStem",
     "Extractor",
     "crop",
@@ -47,9 +49,10 @@ __all__ = [
 #: Where CTransPath comes from if no file is given.
 CTRANSPATH_HUB = "hf-hub:1aurent/swin_tiny_patch4_window7_224.CTransPath"
 _BACKGROUNDS = ("keep", "white", "mean")
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# EfficientNet-Lite was trained on inputs in [-1, 1], unlike its larger siblings.
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+#: Mean and standard deviation of the channels that networks were trained with, values in [0, 1].
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: The same of EfficientNet-Lite, whose inputs were in [-1, 1], unlike those of its larger siblings.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,14 @@ def crop(
     Raises
     ------
     ValueError
-        If the mask is empty or of another size than the image, or `background` is unknown.
+        If the image is not RGB, the mask is empty or of another size, or `background` is unknown.
     """
     if background not in _BACKGROUNDS:
         raise ValueError(f"background={background!r} is unknown: use one of {_BACKGROUNDS}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"the image is {image.dtype} of shape {image.shape}: give RGB, (H, W, 3) uint8"
+        )
     if mask.shape != image.shape[:2]:
         raise ValueError(f"the mask has shape {mask.shape}, the image {image.shape[:2]}")
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -152,10 +159,9 @@ def crop(
     if background != "keep":
         colour = 255 if background == "white" else image.mean(axis=(0, 1)).round().astype(np.uint8)
         part = np.where(mask[box][..., None], part, colour).astype(np.uint8)
-    shrink = max(part.shape[:2]) > size
-    return cv2.resize(
-        part, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-    )
+    smaller = tuple(min(side, size) for side in part.shape[1::-1])  # of a long box, one side only
+    part = cv2.resize(part, smaller, interpolation=cv2.INTER_AREA)
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def embed_segments(
@@ -290,9 +296,9 @@ def load_extractor(
                 f"lite0 takes its weights from a package, but path={str(path)!r} is given: "
                 "leave the path out, or use ctranspath"
             )
-        network, (mean, std) = _lite0(), _HALF
+        network, (mean, std) = _lite0(), HALF
     elif name == "ctranspath":
-        network, (mean, std) = _ctranspath(path), _IMAGENET
+        network, (mean, std) = _ctranspath(path), IMAGENET
     else:
         raise ValueError(f"no extractor is called {name!r}: use 'lite0' or 'ctranspath'")
     device = torch_device(device)
@@ -425,7 +431,8 @@ def _ctranspath(path: str | Path | None) -> nn.Module:
     if path is None or str(path).startswith("hf-hub:"):
         return _ctranspath_from_hub(str(path or CTRANSPATH_HUB))
     network = ctranspath_network()
-    weights = _timm_names(_read(Path(path)))
+    remedy = "download ctranspath.pth by hand, or use 'lite0'"
+    weights = _timm_names(read_tensors(path, remedy))
     wanted = network.state_dict()
     missing = sorted(set(wanted) - set(weights))
     wrong = sorted(k for k in wanted if k in weights and wanted[k].shape != weights[k].shape)
@@ -447,29 +454,6 @@ def _ctranspath_from_hub(hub: str) -> nn.Module:
             f"CTransPath could not be fetched from {hub} ({type(error).__name__}): give its file "
             "with path=..., or use the extractor 'lite0', which needs no network"
         ) from error
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no CTransPath checkpoint {path}: download ctranspath.pth by hand, or use 'lite0'"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}): the "
-            "file is damaged or not a torch or safetensors file"
-        ) from error
-    for key in ("model", "state_dict"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors: it is no CTransPath checkpoint")
-    return content
 
 
 def _timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ the column of the book (about 7.5 inches wide), where text is read at its printe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,12 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 from scipy.ndimage import binary_dilation, binary_erosion
 from skimage.segmentation import find_boundaries
 
 __all__ = [
+    "GREEN",
     "PALETTE",
     "WIDTH",
     "YELLOW",
@@ -33,17 +35,19 @@ __all__ = [
     "confusions",
     "embedding",
     "forest",
-    "histograms",
     "identity_clusters",
     "image_grid",
+    "labelled",
     "lines",
     "mark",
+    "most_of",
     "outline",
     "overlay",
     "palette",
     "posterior_errors",
     "principal_axes",
     "sde_paths",
+    "shares",
     "stain_ramps",
     "sweeps",
     "training_curves",
@@ -56,6 +60,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 
 #: Of dots and outlines on tissue: no stain has this colour, RGB in [0, 1].
 YELLOW = (1.0, 0.93, 0.2)
+
+#: Of the region that a composite leaves to be inpainted: as bright, and no stain either.
+GREEN = (0.0, 0.85, 0.35)
 
 #: Width of a figure, inches.
 WIDTH = 7.5
@@ -237,8 +244,9 @@ def overlay(
     ----------
     image : (H, W, 3) uint8 ndarray
         Picture underneath.
-    labels : (H, W) int ndarray or (m, H, W) bool ndarray
-        Label map, where 0 is left alone, or a stack of masks, large ones painted first.
+    labels : (H, W) int or bool ndarray, or (m, H, W) bool ndarray
+        Label map, where 0 is left alone, a single mask, or a stack of masks, large ones painted
+        first.
     alpha : float
         Strength of the tint, 0 to 1; 0 draws outlines only.
     outline : bool
@@ -318,18 +326,38 @@ def closeup(
     (size, size, 3) uint8 ndarray
     """
     around = mask if around is None else around
-    spans = [np.flatnonzero(around.any(1 - axis))[[0, -1]] for axis in (0, 1)]
-    longest = max(int(high - low) + 1 for low, high in spans)
+    longest = int(np.ptp(np.argwhere(around), axis=0).max()) + 1
     side = min(round((1 + 2 * margin) * longest), *mask.shape)
-    window = tuple(
-        slice(start, start + side)
-        for (low, high), length in zip(spans, mask.shape, strict=True)
-        for start in [int(np.clip((low + high + 1 - side) // 2, 0, length - side))]
-    )
+    window = most_of(around, side)
     how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
     seen = cv2.resize(np.ascontiguousarray(image[window]), (size, size), interpolation=how)
     inside = cv2.resize(mask[window].astype(np.float32), (size, size)) > 0.5
     return outline(seen, inside)
+
+
+def most_of(mask: np.ndarray, size: int) -> tuple[slice, slice]:
+    """Square of an image that holds most of a mask, as near to the middle of the mask as can be.
+
+    Parameters
+    ----------
+    mask : (H, W) bool ndarray
+        If it is empty, the square is that in the middle of the image.
+    size : int
+        Side of the square, cut to the image's where that is smaller.
+
+    Returns
+    -------
+    tuple of slice
+        Rows and columns, within the image.
+    """
+    h, w = (min(size, side) for side in mask.shape)
+    total = cv2.integral(mask.astype(np.uint8))
+    held = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
+    ties = np.argwhere(held == held.max())
+    at = np.argwhere(mask if mask.any() else ~mask)
+    middle = (at.min(0) + at.max(0) + 1 - (h, w)) / 2
+    y, x = ties[((ties - middle) ** 2).sum(1).argmin()]
+    return np.s_[y : y + h, x : x + w]
 
 
 def _label_map(labels: np.ndarray) -> np.ndarray:
@@ -349,7 +377,6 @@ def lines(
     logx: bool = False,
     logy: bool = False,
     height: float = 3.0,
-    width: float = WIDTH,
     markers: bool = False,
 ) -> Figure:
     """Draw named curves, each with its own colour and dash so that print keeps them apart.
@@ -363,8 +390,8 @@ def lines(
         Axis labels, with units.
     logx, logy : bool
         Logarithmic axes.
-    height, width : float
-        Size in inches.
+    height : float
+        Height of the figure, inches.
     markers : bool
         Mark each point.
 
@@ -372,7 +399,7 @@ def lines(
     -------
     Figure
     """
-    figure, axis = _subplots(figsize=(width, height))
+    figure, axis = _subplots(figsize=(WIDTH, height))
     dashes = ("-", "--", "-.", ":")
     for index, (name, curve) in enumerate(curves.items()):
         x, y = np.asarray(curve[0], dtype=float), np.asarray(curve[1], dtype=float)
@@ -385,6 +412,11 @@ def lines(
     for k, (side, log) in enumerate(((axis.xaxis, logx), (axis.yaxis, logy))):
         if log:
             axis.set(**{f"{'xy'[k]}scale": "log"})
+            values = np.unique(np.concatenate([curve[k] for curve in curves.values()]))
+            if len(values) <= 12:  # label the values themselves
+                side.set_major_locator(FixedLocator(values))
+                side.set_major_formatter("{x:g}")
+                side.set_minor_locator(NullLocator())
         elif all(np.asarray(curve[k]).dtype.kind in "iu" for curve in curves.values()):
             side.set_major_locator(MaxNLocator("auto", integer=True))
     if len(curves) > 4:  # there is hardly a corner that so many leave free
@@ -400,7 +432,6 @@ def bars(
     ylabel: str,
     errors: Mapping[str, Any] | None = None,
     height: float = 3.0,
-    width: float = WIDTH,
     fmt: str | None = "{:.2f}",
 ) -> Figure:
     """Draw bars with their values written on top; one group a key where values are mappings.
@@ -413,8 +444,8 @@ def bars(
         Label of the value axis, with units.
     errors : mapping, optional
         Of the same form: half length of the error bar, or a pair (below, above).
-    height, width : float
-        Size in inches.
+    height : float
+        Height of the figure, inches.
     fmt : str, optional
         Format of the numbers; None writes none.
 
@@ -429,8 +460,8 @@ def bars(
         else {name: {"": float(value)} for name, value in values.items()}  # type: ignore[arg-type]
     )
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axis = _subplots(figsize=(width, height))
-    step = 0.8 / len(series)
+    figure, axis = _subplots(figsize=(WIDTH, height))
+    step = 0.8 / max(len(series), 1)
     for index, name in enumerate(series):
         at = [g for g, group in enumerate(groups.values()) if name in group]
         drawn = [group[name] for group in groups.values() if name in group]
@@ -448,6 +479,32 @@ def bars(
     return figure
 
 
+def shares(samples: Mapping[str, ArrayLike], edges: ArrayLike) -> dict[str, dict[str, float]]:
+    """Share of each sample in each range of values, as :func:`bars` draws them.
+
+    Parameters
+    ----------
+    samples : mapping of str to (n,) array_like
+        ``{name: values}``; those outside the edges count in no range.
+    edges : (k + 1,) array_like
+        Rising ends of the ranges. A value on an edge belongs to the range above it, one on the
+        last to the last.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        ``{"0-0.2": {name: share}}``, shares from 0 to 1, of an empty sample 0.
+    """
+    counts = {
+        name: np.histogram(values, edges)[0] / max(1, np.size(values))
+        for name, values in samples.items()
+    }
+    return {
+        f"{low:g}-{high:g}": {name: float(share[k]) for name, share in counts.items()}
+        for k, (low, high) in enumerate(itertools.pairwise(np.asarray(edges)))
+    }
+
+
 #: Panels of :func:`sweeps` side by side; more would be too narrow for their labels.
 _PANELS = 4
 
@@ -457,7 +514,6 @@ def sweeps(
     *,
     chosen: Mapping[str, str],
     ylabel: str,
-    height: float = 2.6,
 ) -> Figure:
     """Draw what changing one parameter at a time does: a panel of bars for each parameter.
 
@@ -469,8 +525,6 @@ def sweeps(
         The setting in use, drawn in another colour.
     ylabel : str
         Label of the shared value axis, with units.
-    height : float
-        Of a row of up to four panels, inches.
 
     Returns
     -------
@@ -478,7 +532,7 @@ def sweeps(
     """
     panels = list(values.items())
     rows = [panels[i : i + _PANELS] for i in range(0, len(panels), _PANELS)]
-    figure = plt.figure(figsize=(WIDTH, height * len(rows)))
+    figure = plt.figure(figsize=(WIDTH, 2.6 * len(rows)))
     plt.close(figure)
     for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         widths = [max(2, len(bars)) for _, bars in row]
@@ -516,9 +570,7 @@ def _errors(
 # --- 00 tissue -----------------------------------------------------------------------------------
 
 
-def stain_ramps(
-    ramps: Mapping[str, np.ndarray], densities: ArrayLike, *, width: float = WIDTH
-) -> Figure:
+def stain_ramps(ramps: Mapping[str, np.ndarray], densities: ArrayLike) -> Figure:
     """Show the colour that each dye, or mixture, takes on as its density rises.
 
     Parameters
@@ -527,8 +579,6 @@ def stain_ramps(
         Colours in [0, 255] of each row.
     densities : (n,) array_like
         Density that belongs to each colour.
-    width : float
-        Width of the figure, inches.
 
     Returns
     -------
@@ -536,7 +586,7 @@ def stain_ramps(
     """
     densities = np.asarray(densities, dtype=float)
     figure, axes = _subplots(
-        len(ramps), 1, figsize=(width, 0.62 * len(ramps) + 0.5), sharex=True, squeeze=False
+        len(ramps), 1, figsize=(WIDTH, 0.62 * len(ramps) + 0.5), sharex=True, squeeze=False
     )
     for axis, (name, colours) in zip(axes[:, 0], ramps.items(), strict=True):
         strip = np.clip(np.rint(colours), 0, 255).astype(np.uint8)[None]
@@ -548,46 +598,36 @@ def stain_ramps(
     return figure
 
 
-def histograms(
-    samples: Mapping[str, ArrayLike],
-    *,
-    xlabel: str,
-    bins: int = 80,
-    limits: tuple[float, float] | None = None,
-    height: float = 2.8,
-    width: float = WIDTH,
-) -> Figure:
-    """Draw the distributions of several samples as outlines on common bins.
+def labelled(image: np.ndarray, places: Mapping[str, tuple[float, float]]) -> Figure:
+    """Show an image with names beside it, each with a line to the place that it names.
+
+    The image takes the middle half of the width.
 
     Parameters
     ----------
-    samples : mapping of str to (n,) array_like
-        Values of each sample; samples may differ in length, densities are drawn.
-    xlabel : str
-        Label of the value axis, with units.
-    bins : int
-        Number of bins.
-    limits : (float, float), optional
-        Range of the bins; by default that of all samples.
-    height, width : float
-        Size in inches.
+    image : (H, W, 3) uint8 ndarray
+    places : mapping of str to (float, float)
+        XY in pixels. A name stands at the side that its place is nearer to.
 
     Returns
     -------
     Figure
     """
-    values = {name: np.asarray(sample, dtype=float).ravel() for name, sample in samples.items()}
-    if limits is None:
-        both = np.concatenate(list(values.values()))
-        limits = (float(both.min()), float(both.max()))
-    figure, axis = _subplots(figsize=(width, height))
-    for (name, sample), style in zip(values.items(), ("-", "--", "-.", ":") * 8, strict=False):
-        density, edges = np.histogram(sample, bins=bins, range=limits, density=True)
-        axis.plot(0.5 * (edges[1:] + edges[:-1]), density, linestyle=style, label=name)
-    axis.set(xlabel=xlabel, ylabel="density", xlim=limits)
-    axis.set_ylim(bottom=0)
-    if len(values) > 1:
-        axis.legend()
+    h, w = image.shape[:2]
+    figure, axis = _subplots(figsize=(WIDTH, WIDTH / 2 * h / w), layout="none")
+    axis.set_position((0.25, 0, 0.5, 1))
+    bare(axis).imshow(image)
+    line = {"arrowstyle": "-", "color": "black", "shrinkA": 2, "shrinkB": 0}
+    for right in (False, True):
+        here = {name: at for name, at in places.items() if (at[0] >= w / 2) == right}
+        here = dict(sorted(here.items(), key=lambda item: item[1][1]))
+        heights = (np.arange(len(here)) + 0.5) / max(len(here), 1)
+        for (name, at), y in zip(here.items(), heights, strict=True):
+            axis.annotate(
+                name, at, (1.05 if right else -0.05, 1 - y), textcoords="axes fraction",
+                ha="left" if right else "right", va="center", arrowprops=line,
+            )  # fmt: skip
+            axis.plot(*at, "o", color=YELLOW, mec="black", ms=5)
     return figure
 
 
@@ -601,7 +641,6 @@ def embedding(
     order: Mapping[str, Sequence[str]] | None = None,
     pictures: Callable[[int], np.ndarray] | None = None,
     n_pictures: int = 30,
-    width: float = WIDTH,
 ) -> Figure:
     """Scatter points in the plane, one panel a grouping, with some of their pictures.
 
@@ -619,8 +658,6 @@ def embedding(
         well apart, and asked for there alone.
     n_pictures : int
         At most so many of them.
-    width : float
-        Width of the figure, inches.
 
     Returns
     -------
@@ -628,7 +665,7 @@ def embedding(
     """
     panels = len(groups) + (pictures is not None)
     figure, axes = _subplots(
-        1, panels, figsize=(width, width / panels + 0.75), squeeze=False, layout="constrained"
+        1, panels, figsize=(WIDTH, WIDTH / panels + 0.75), squeeze=False, layout="constrained"
     )
     span = np.ptp(points, axis=0)
     limits = [
@@ -679,38 +716,35 @@ def _spread(points: np.ndarray, n: int, apart: float) -> list[int]:
 
 
 def candidates(
-    query: np.ndarray,
+    target: np.ndarray,
     crops: Sequence[np.ndarray],
     probabilities: Mapping[str, ArrayLike],
     *,
     titles: Sequence[str] | None = None,
-    width: float = WIDTH,
 ) -> Figure:
-    """A query and its candidates, with bars of their probabilities below.
+    """A target and its candidates, with bars of their probabilities below.
 
     Parameters
     ----------
-    query : (h, w, 3) uint8 ndarray
+    target : (h, w, 3) uint8 ndarray
     crops : sequence of m (h, w, 3) uint8 ndarray
     probabilities : mapping of str to (m,) array_like
         ``{series: probability of each candidate}``.
     titles : sequence of m str, optional
         Above the crops.
-    width : float
-        Width of the figure, inches.
 
     Returns
     -------
     Figure
     """
     m = len(crops)
-    cell = width / (m + 1)
-    figure = plt.figure(figsize=(width, cell + 2.2), layout="constrained")
+    cell = WIDTH / (m + 1)
+    figure = plt.figure(figsize=(WIDTH, cell + 2.2), layout="constrained")
     grid = figure.add_gridspec(2, m + 1, height_ratios=[cell, 1.9])
-    for k, picture in enumerate([query, *crops]):
+    for k, picture in enumerate([target, *crops]):
         axis = bare(figure.add_subplot(grid[0, k]))
         axis.imshow(picture)
-        axis.set_title("query" if k == 0 else titles[k - 1] if titles is not None else f"{k}")
+        axis.set_title("target" if k == 0 else titles[k - 1] if titles is not None else f"{k}")
     axis = figure.add_subplot(grid[1, 1:])
     step = 0.8 / len(probabilities)
     for index, (name, values) in enumerate(probabilities.items()):
@@ -727,7 +761,6 @@ def principal_axes(
     moments: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     titles: Sequence[str],
-    width: float = WIDTH,
 ) -> Figure:
     """Images with the outline of a mask, its centroid, its principal axes and their ellipse.
 
@@ -738,15 +771,13 @@ def principal_axes(
     moments : sequence of ((2,), (2, 2)) ndarray
         Centroid (x, y) and covariance of each mask.
     titles : sequence of str
-    width : float
-        Width of the figure, inches.
 
     Returns
     -------
     Figure
     """
     n = len(images)
-    figure, axes = _subplots(1, n, figsize=(width, width / n + 0.3), squeeze=False)
+    figure, axes = _subplots(1, n, figsize=(WIDTH, WIDTH / n + 0.3), squeeze=False)
     turn = np.linspace(0, 2 * np.pi, 100)
     for axis, image, mask, (centre, covariance), title in zip(
         axes.flat, images, masks, moments, titles, strict=True
@@ -756,7 +787,7 @@ def principal_axes(
         values, vectors = np.linalg.eigh(covariance)
         radii = 2 * np.sqrt(values)  # semi-axes of the ellipse with these second moments
         ellipse = centre + (vectors * radii @ np.stack([np.cos(turn), np.sin(turn)])).T
-        axis.plot(*ellipse.T, color=PALETTE[6], lw=1.6)
+        axis.plot(*ellipse.T, color=YELLOW, lw=1.6)
         for k, colour in ((1, PALETTE[1]), (0, PALETTE[5])):
             ends = centre + np.outer([-1, 1], vectors[:, k] * radii[k])
             axis.plot(*ends.T, color=colour, lw=2)
@@ -872,11 +903,10 @@ def sde_paths(
     times: np.ndarray,
     forward: np.ndarray,
     backward: np.ndarray,
-    *,
-    n_shown: int = 30,
-    height: float = 3.2,
 ) -> Figure:
     """Paths of a one-dimensional SDE into noise and back, with the histogram of their ends.
+
+    At most 30 paths are drawn; the histograms are of all.
 
     Parameters
     ----------
@@ -885,21 +915,17 @@ def sde_paths(
     forward, backward : (n + 1, m) ndarray
         Paths, one column each; both arrays are ordered by time, so that ``backward[0]`` is where
         the way back ends.
-    n_shown : int
-        Paths drawn.
-    height : float
-        Height of the figure, inches.
 
     Returns
     -------
     Figure
     """
-    figure, axes = _subplots(1, 4, figsize=(WIDTH, height), sharey=True, width_ratios=(1, 4, 4, 1))
+    figure, axes = _subplots(1, 4, figsize=(WIDTH, 3.2), sharey=True, width_ratios=(1, 4, 4, 1))
     for axis, paths, title in (
-        (axes[1], forward, "forward: tissue to noise"),
-        (axes[2], backward, "backward: noise to tissue"),
+        (axes[1], forward, "forward: into noise"),
+        (axes[2], backward, "backward: out of noise"),
     ):
-        axis.plot(times, paths[:, :n_shown], color=PALETTE[0], lw=0.6, alpha=0.55)
+        axis.plot(times, paths[:, :30], color=PALETTE[0], lw=0.6, alpha=0.55)
         axis.set(title=title, xlabel="time $t$")
     axes[2].invert_xaxis()
     edges = np.linspace(-3.5, 3.5, 57)
@@ -915,8 +941,6 @@ def posterior_errors(
     alphas: Sequence[float],
     mcg: np.ndarray,
     others: Mapping[str, np.ndarray],
-    *,
-    height: float = 3.0,
 ) -> Figure:
     """Error of mean and covariance of samples against an exact posterior, by gradient weight.
 
@@ -928,14 +952,12 @@ def posterior_errors(
         Error of mean and of covariance for each weight and each of p priors.
     others : mapping of str to (p, 2) ndarray
         The same for methods without a weight, drawn as horizontal lines.
-    height : float
-        Height of the figure, inches.
 
     Returns
     -------
     Figure
     """
-    figure, axes = _subplots(1, 2, figsize=(WIDTH, height))
+    figure, axes = _subplots(1, 2, figsize=(WIDTH, 3.0))
     for axis, j, title in (
         (axes[0], 0, "error of the mean"),
         (axes[1], 1, "error of the covariance"),
@@ -956,7 +978,6 @@ def forest(
     estimates: Mapping[str, tuple[float, float, float]],
     *,
     xlabel: str,
-    width: float = WIDTH,
 ) -> Figure:
     """Draw differences with their intervals, one row each, around a line at zero.
 
@@ -966,14 +987,12 @@ def forest(
         Rows from top to bottom.
     xlabel : str
         Label of the axis.
-    width : float
-        Width in inches.
 
     Returns
     -------
     Figure
     """
-    figure, axis = _subplots(figsize=(width, 0.9 + 0.3 * max(1, len(estimates))))
+    figure, axis = _subplots(figsize=(WIDTH, 0.9 + 0.3 * max(1, len(estimates))))
     axis.axvline(0, color="0.4", lw=1)
     for y, (difference, low, high) in enumerate(estimates.values()):
         clear = low > 0 or high < 0
@@ -985,9 +1004,7 @@ def forest(
     return figure
 
 
-def confusions(
-    matrices: Mapping[str, np.ndarray], classes: Sequence[str], *, width: float = WIDTH
-) -> Figure:
+def confusions(matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
     """Draw confusion matrices side by side, shaded by the share of their row.
 
     Parameters
@@ -996,8 +1013,6 @@ def confusions(
         Counts, rows true classes.
     classes : sequence of str
         Names of the C classes.
-    width : float
-        Width in inches.
 
     Returns
     -------
@@ -1005,7 +1020,7 @@ def confusions(
     """
     ncols = min(2, len(matrices))
     nrows = -(-len(matrices) // ncols)
-    figure, axes = _subplots(nrows, ncols, figsize=(width, nrows * width / 2.1), squeeze=False)
+    figure, axes = _subplots(nrows, ncols, figsize=(WIDTH, nrows * WIDTH / 2.1), squeeze=False)
     for axis in axes.flat[len(matrices) :]:
         axis.remove()
     for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=False):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.weights import read_weights, write_weights
+from helpers.weights import read_tensors, read_weights, write_weights
 
 __all__ = [
     "AUTOENCODER_WEIGHTS",
@@ -498,7 +498,7 @@ def load_latent_diffusion(
 
 def _from_compvis(path: Path, autocast: torch.dtype | None) -> LatentDiffusion:
     """VQ first stage and unconditional UNet of one checkpoint, settings of LSUN beds 256."""
-    state = _compvis_state(path)
+    state = {key: value.float() for key, value in read_tensors(path).items()}
     first = _part(state, ("first_stage_model.",))
     network = _averaged(state) or _part(state, ("model.diffusion_model.",))
     if not first or not network:
@@ -522,21 +522,6 @@ def _from_compvis(path: Path, autocast: torch.dtype | None) -> LatentDiffusion:
         unet_from_compvis(network, name=path.name),
         autocast=autocast,
     )
-
-
-def _compvis_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds, from zip errors to refused pickles
-        raise ValueError(
-            f"{path.name} cannot be read as plain weights ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}): give a checkpoint of tensors only; one that holds "
-            "other objects can be saved again with torch.save({'state_dict': ...})"
-        ) from None
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not state or not all(isinstance(k, str) for k in state):
-        raise ValueError(f"{path.name} holds no state dictionary: give a CompVis checkpoint")
-    return {k: v.float() for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def _some(state: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from helpers import phantom
+from helpers.datasets import SUFFIXES, read_image
+from helpers.files import replacing
 from helpers.latent import to_tensor
 from helpers.processes import in_order
 from helpers.training import keep_to_settings
@@ -150,15 +152,18 @@ def prepare(
             log(f"drew {done} of {n} scenes")
 
 
+def _shard(folder: Path, k: int) -> Path:
+    return Path(folder) / f"shard_{k:04d}.npy"
+
+
 def _draw_shard(folder: Path, k: int, *, seed: int, textures: float) -> int:
     """Draw a shard that is not there, and return how many scenes there are up to it; else 0."""
-    path = folder / f"shard_{k:04d}.npy"
+    path = _shard(folder, k)
     if path.exists():
         return 0
     images = [scene(k * _SHARD + i, seed=seed, textures=textures) for i in range(_SHARD)]
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, np.stack(images))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        np.save(temporary, np.stack(images))
     return (k + 1) * _SHARD
 
 
@@ -168,12 +173,20 @@ class Scenes:
     Parameters
     ----------
     source : Path or (N, H, W, 3) uint8 ndarray
-        Folder with ``shard_*.npy`` written by :func:`prepare`, folder with PNG, JPEG or TIFF
-        images (searched through; large ones are cut into fields of `size`), or the images.
+        Folder with ``shard_*.npy`` written by :func:`prepare`, up to the first that is missing;
+        folder with 8-bit RGB images, PNG, JPEG, TIFF or BMP (searched through; large ones are cut
+        into fields of `size`); or the images.
     size : int
         Side of the fields cut from pictures, pixels.
     n : int, optional
         Take the first `n` only, where there are more.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no images.
+    ValueError
+        If a picture of the folder cannot be used, as :func:`helpers.datasets.read_image` says.
     """
 
     def __init__(
@@ -181,7 +194,6 @@ class Scenes:
     ) -> None:
         self.source, self.size, self.n = source, size, n
         self.parts: list[np.ndarray] = []
-        self._seen: set[str] = set()
         if isinstance(source, np.ndarray):
             self.parts = [source]
         else:
@@ -205,25 +217,22 @@ class Scenes:
         """Take in shards that were written since."""
         if isinstance(self.source, np.ndarray):
             return
-        folder = Path(self.source)
-        shards = sorted(folder.glob("shard_????.npy"))
-        for path in shards:
-            if path.name not in self._seen and (self.n is None or len(self) < self.n):
-                self._seen.add(path.name)
-                self.parts.append(np.load(path))
-        if not shards and not self.parts:
-            self.parts = [part for part in [_fields(folder, self.size)] if len(part)]
+        while self.n is None or len(self) < self.n:
+            path = _shard(self.source, len(self.parts))  # so that position is the scene's number
+            if not path.exists():
+                break
+            self.parts.append(np.load(path))
+        if not self.parts:
+            self.parts = [part for part in [_fields(Path(self.source), self.size)] if len(part)]
 
 
 def _fields(folder: Path, size: int) -> np.ndarray:
     """Non-overlapping fields of all pictures under a folder, short sides scaled up if needed."""
-    from PIL import Image
-
-    kinds = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
     found = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds):
-        with Image.open(path) as picture:
-            image = np.asarray(picture.convert("RGB"))
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        image = read_image(path)
         short = min(image.shape[:2])
         if short < size:
             side = [max(size, round(s * size / short)) for s in image.shape[:2]]

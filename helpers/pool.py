@@ -7,7 +7,7 @@ P^c = {(segment, f)} of the paper. On disk its segments are COCO JSON like all o
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import zipfile
@@ -22,6 +22,7 @@ import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from helpers.files import replacing, sha256
 from helpers.segment_table import (
     FORMAT,
     Segments,
@@ -36,6 +37,7 @@ __all__ = [
     "ClassPca",
     "Pool",
     "agreement_by_chance",
+    "agreement_within",
     "append",
     "build",
     "check_leakage",
@@ -201,30 +203,33 @@ class Pool:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``segments.json`` (COCO), ``features.npz`` and ``provenance.json`` to `folder`.
 
-        Loading them again gives the same pool without any network or PCA. The provenance holds the
-        hashes of the other two and is written last, so that a save that was cut short is noticed.
+        Loading them again gives the same pool without any network or PCA. A pool that is there
+        already is replaced when all three are written, the provenance last: it holds the hashes of
+        the other two, so that a save that was cut short is noticed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_coco(folder / "segments.json", self.images, self.segments)
         arrays: dict[str, np.ndarray] = {"features": self.features}
         for number, label in enumerate(self.pcas):
             pca = self.pcas[label]
             arrays[f"mean_{number}"] = pca.mean
             arrays[f"components_{number}"] = pca.components
             arrays[f"ratio_{number}"] = pca.explained_variance_ratio
-        partial = folder / "features.partial.npz"
-        np.savez(partial, **arrays)
-        os.replace(partial, folder / "features.npz")
         meta = {
             "format": FORMAT,
             "provenance": self.provenance,
             "pcas": [[label, pca.n_samples] for label, pca in self.pcas.items()],
-            "sha256": {name: _sha256(folder / name) for name in _POOL_FILES},
         }
-        partial = folder / "provenance.json.partial"
-        partial.write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(partial, folder / "provenance.json")
+        with contextlib.ExitStack() as stack:  # all are written before the first takes its place
+            last, *parts = (
+                stack.enter_context(replacing(folder / name))
+                for name in ("provenance.json", *_POOL_FILES)
+            )
+            partial = dict(zip(_POOL_FILES, parts, strict=True))
+            save_coco(partial["segments.json"], self.images, self.segments)
+            np.savez(partial["features.npz"], **arrays)
+            meta["sha256"] = {name: sha256(path) for name, path in partial.items()}
+            last.write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
         return folder
 
     @classmethod
@@ -247,7 +252,7 @@ class Pool:
         check_leakage(segments.table)
         meta = read_json(folder / "provenance.json", "03")
         features, pcas = _read_arrays(folder / "features.npz", meta)
-        wrong = [n for n in _POOL_FILES if meta.get("sha256", {}).get(n) != _sha256(folder / n)]
+        wrong = [n for n in _POOL_FILES if meta.get("sha256", {}).get(n) != sha256(folder / n)]
         if wrong or len(features) != len(segments):
             raise ValueError(
                 f"{folder}: {', '.join(wrong) or 'features'} not as saved with this pool "
@@ -359,7 +364,8 @@ def append(
         rows = labels == label
         part = pool.pcas[label].transform(features[rows])
         scores[rows, : part.shape[1]] = part
-    table = pd.concat([pool.table, segments.table], ignore_index=True)
+    tables = [t for t in (pool.table, segments.table) if len(t)]  # an empty one has no types
+    table = pd.concat(tables, ignore_index=True)
     table["segment_id"] = np.arange(1, len(table) + 1)
     provenance = dict(pool.provenance)
     for key, more in (("appended", len(segments)), ("dropped_small", dropped)):
@@ -509,6 +515,46 @@ def agreement_by_chance(labels: Sequence[str], images: Sequence[str]) -> float:
     return float(share.mean()) if len(share) else float("nan")
 
 
+def agreement_within(
+    features: np.ndarray,
+    labels: Sequence[str],
+    groups: Sequence[str],
+    images: Sequence[str],
+    *,
+    k: int = 5,
+    max_queries: int = 2000,
+) -> float:
+    """What :func:`neighbour_agreement` is if each neighbour is any segment of its group instead.
+
+    Where a label belongs to one group, as a patient to one grade, neighbours of the right group
+    alone share labels more often than by :func:`agreement_by_chance`; this is how often.
+
+    Parameters
+    ----------
+    features, labels, images, k, max_queries
+        As of :func:`neighbour_agreement`.
+    groups : sequence of n str
+
+    Returns
+    -------
+    float
+        From 0 to 1; with a single group that of :func:`agreement_by_chance`, over the queries.
+    """
+    label, group, image = (
+        np.unique(np.asarray(each), return_inverse=True)[1] for each in (labels, groups, images)
+    )
+    queries, near = _nearest(features, image, k, max_queries)
+    shares = []
+    for query, row in zip(queries, near, strict=True):
+        other = image != image[query]
+        total = np.bincount(group[other], minlength=group.max() + 1)
+        alike = np.bincount(group[other & (label == label[query])], minlength=len(total))
+        among = group[row[row >= 0]]
+        shares.append((alike[among] / total[among]).mean() if len(among) else np.nan)
+    shares = np.array(shares)[np.isfinite(shares)]
+    return float(shares.mean()) if len(shares) else float("nan")
+
+
 def _nearest(
     features: np.ndarray, groups: np.ndarray, k: int, max_queries: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -524,7 +570,10 @@ def _nearest(
         block = queries[start : start + _QUERIES_AT_ONCE]
         distance = norms - 2 * features[block] @ features.T  # and the square of the query
         distance[groups[block, None] == groups] = np.inf
-        order = np.argsort(distance, axis=1, kind="stable")[:, :k]
+        order = np.argpartition(distance, min(k, len(features) - 1), axis=1)[:, :k]
+        order.sort(axis=1)
+        at = np.argsort(np.take_along_axis(distance, order, axis=1), axis=1, kind="stable")
+        order = np.take_along_axis(order, at, axis=1)
         here = np.isfinite(np.take_along_axis(distance, order, axis=1))
         near[start : start + len(block), : order.shape[1]] = np.where(here, order, -1)
     return queries, near
@@ -646,8 +695,3 @@ def _read_arrays(path: Path, meta: Mapping[str, Any]) -> tuple[np.ndarray, dict[
             f"{path} is damaged or not of this pool ({type(error).__name__}: {error}): run "
             "chapter 03_pca_pooling again"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -62,7 +63,8 @@ class Estimate:
     mean, std : float
         Over the subsets.
     subset_size, n_subsets : int
-        How many samples each subset held, and how many subsets there were.
+        How many samples a subset held of the side of which it held fewer, and how many subsets
+        counted.
     """
 
     mean: float
@@ -118,10 +120,12 @@ def mmd2(
     Raises
     ------
     ValueError
-        If no pair of unrelated samples is left, of all or of two classes.
+        If a side has fewer than two samples, of all or of a class, features differ in length or
+        are not finite, or no pair of unrelated samples is left, of all or of two classes.
     """
-    members, shares = _members(classes, (len(x), len(y)))
-    found = _mmd2(x, y, origins, members, shares)
+    x, y = _features(x, "x"), _features(y, "y")
+    rows = np.split(np.arange(len(x) + len(y)), [len(x)])
+    found = _mmd2(_all_samples((x, y), origins, classes), *rows)
     if np.isnan(found):
         raise ValueError(_NO_PAIRS)
     return found
@@ -166,12 +170,11 @@ def kid(
         are not finite, the subset is larger than a side, or no subset has unrelated samples.
     """
     x, y = _features(x, "x"), _features(y, "y")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}: use one extractor")
     size = _subset_size(subset_size, min(len(x), len(y)), n_subsets)
-    members, shares = _members(classes, (len(x), len(y)))
-    halves = ([_parts(each, shares, size, 1, rng)[0] for each in members] for _ in range(n_subsets))
-    return _over_subsets(x, y, halves, origins, members, shares, size)
+    samples = _all_samples((x, y), origins, classes)
+    sides = np.split(np.arange(len(x) + len(y)), [len(x)])
+    halves = ([_parts(samples, side, size, 1, rng)[0] for side in sides] for _ in range(n_subsets))
+    return _over_subsets(samples, halves)
 
 
 def kid_floor(
@@ -199,15 +202,28 @@ def kid_floor(
     Returns
     -------
     Estimate
+
+    Raises
+    ------
+    ValueError
+        As :func:`kid`, and if there are fewer than four samples, of all or of a class.
     """
     x = _features(x, "x")
     if len(x) < 4:
         raise ValueError(f"x has {len(x)} samples: two disjoint halves need at least 4")
+    if classes is not None:
+        names, number = np.unique(classes, return_counts=True)
+        if (few := number < 4).any():
+            raise ValueError(
+                f"x has {number[few][0]} samples of class '{names[few][0]}', but two disjoint "
+                "halves need at least 4 of each class: give more images, or leave the class out"
+            )
     size = _subset_size(subset_size, len(x) // 2, n_subsets, share=1)
-    both = None if origins is None else (origins, origins)
-    members, shares = _members(None if classes is None else (classes, classes), (len(x),) * 2)
-    halves = (_parts(members[0], shares, size, 2, rng) for _ in range(n_subsets))
-    return _over_subsets(x, x, halves, both, members, shares, size)
+    samples = _all_samples(
+        (x,), None if origins is None else (origins,), None if classes is None else (classes,)
+    )
+    rows = np.arange(len(x))
+    return _over_subsets(samples, (_parts(samples, rows, size, 2, rng) for _ in range(n_subsets)))
 
 
 def stratified(
@@ -215,7 +231,8 @@ def stratified(
 ) -> np.ndarray:
     """Draw samples whose classes have the shares that they have among others.
 
-    A distance between real and synthetic images would otherwise hold that of their mixtures.
+    What is measured on real images for comparison, as a floor or how hard their outlines are,
+    differs from class to class.
 
     Parameters
     ----------
@@ -514,105 +531,98 @@ def _mask(mask, image: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _members(classes, sizes: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Class of each sample, (n, C) and (m, C) of 0 and 1, and shares (C,) of those of the second.
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of both sides, one below the other.
 
-    Without classes all samples are of one.
+    `features` (n, d); `shows` (n, images) of 0 and 1; `members` (n, C), 1 for the class of each;
+    `shares` (C,), those of the classes among the last side.
     """
-    if classes is None:
-        return [np.ones((n, 1)) for n in sizes], np.ones(1)
-    given = tuple(map(len, classes))
-    if given != sizes:
-        raise ValueError(f"classes of {given} samples for {sizes}: give those of every sample")
-    names = np.unique(classes[1])
+
+    features: np.ndarray
+    shows: csr_array
+    members: np.ndarray
+    shares: np.ndarray
+
+
+def _all_samples(sides: Sequence[np.ndarray], origins, classes) -> _Samples:
+    """Put the sides together, each with its origins and classes; without classes, all are of one.
+
+    Classes that the last side has not are left out.
+    """
+    sizes = [len(side) for side in sides]
+    if len(lengths := {side.shape[1] for side in sides}) > 1:
+        raise ValueError(f"x and y have {sorted(lengths)} features: use one extractor")
+    for what, given in (("origins", origins), ("classes", classes)):
+        if given is not None and (found := [len(each) for each in given]) != sizes:
+            raise ValueError(f"{what} of {found} samples for {sizes}: give those of every sample")
+    shows = _shows([()] * sum(sizes) if origins is None else list(chain.from_iterable(origins)))
+    classes = [np.zeros(n, int) for n in sizes] if classes is None else classes
+    names = np.unique(classes[-1])
     members = [(np.asarray(each)[:, None] == names).astype(float) for each in classes]
-    for side, each in zip("xy", members, strict=True):
+    for side, each in zip("xy", members, strict=False):
         if (few := each.sum(0) < 2).any():
             raise ValueError(
                 f"{side} has fewer than two samples of class '{names[few][0]}': "
                 "give more images, or leave the class out of y"
             )
-    return members, members[1].mean(0)
+    return _Samples(np.concatenate(sides), shows, np.concatenate(members), members[-1].mean(0))
 
 
-def _parts(members, shares, size: int, n: int, rng) -> list[np.ndarray]:
-    """Rows of `n` disjoint subsets of about `size` samples with the classes in their shares."""
-    order = rng.permutation(len(members))
+def _shows(origins: Sequence[Collection[str]]) -> csr_array:
+    """Which sample shows which image, (n, images)."""
+    number = {name: k for k, name in enumerate(dict.fromkeys(chain.from_iterable(origins)))}
+    pairs = np.array([(i, number[o]) for i, own in enumerate(origins) for o in own], int)
+    rows, columns = pairs.reshape(-1, 2).T
+    shape = (len(origins), max(1, len(number)))
+    return csr_array((np.ones(len(rows), int), (rows, columns)), shape=shape)
+
+
+def _parts(samples: _Samples, rows: np.ndarray, size: int, n: int, rng) -> list[np.ndarray]:
+    """`n` disjoint subsets of about `size` of the rows, with the classes in their shares."""
+    order, shares = rng.permutation(rows), samples.shares
     if len(shares) == 1:
         return [order[i * size : (i + 1) * size] for i in range(n)]
-    rows = [order[members[order, c] > 0] for c in range(len(shares))]
+    of_class = [order[own > 0] for own in samples.members[order].T]
     wanted = [
         max(2, min(round(size * share), len(own) // n))
-        for share, own in zip(shares, rows, strict=True)
+        for share, own in zip(shares, of_class, strict=True)
     ]
-    parts = [[own[i * k : (i + 1) * k] for own, k in zip(rows, wanted, strict=True)]
-             for i in range(n)]  # fmt: skip
-    return [np.concatenate(part) for part in parts]
+    return [
+        np.concatenate([own[i * k : (i + 1) * k] for own, k in zip(of_class, wanted, strict=True)])
+        for i in range(n)
+    ]
 
 
-def _over_subsets(x, y, halves, origins, members, shares, size: int) -> Estimate:
-    """Estimate from the rows of x and of y of each subset; those without pairs do not count."""
-    found = np.array(
-        [
-            _mmd2(x[i], y[j], _of_subsets(origins, i, j), (members[0][i], members[1][j]), shares)
-            for i, j in halves
-        ]
-    )
+def _over_subsets(samples: _Samples, halves) -> Estimate:
+    """Estimate from the rows of both sides of each subset; those without pairs do not count."""
+    halves = list(halves)
+    found = np.array([_mmd2(samples, i, j) for i, j in halves])
     found = found[np.isfinite(found)]
     if not len(found):
         raise ValueError(_NO_PAIRS)
-    return Estimate(float(found.mean()), float(found.std()), size, len(found))
+    return Estimate(float(found.mean()), float(found.std()), min(map(len, halves[0])), len(found))
 
 
-def _mmd2(x, y, origins, members, shares) -> float:
-    """As :func:`mmd2`; NaN where two classes have no pair of unrelated samples."""
-    n, m = len(x), len(y)
-    alike = [np.eye(n, dtype=bool), np.eye(m, dtype=bool), np.zeros((n, m), bool)]
-    if origins is not None:
-        of_x, of_y = _memberships(*origins, (n, m))
-        for same, a, b in zip(alike, (of_x, of_y, of_x), (of_x, of_y, of_y), strict=True):
-            same |= (a @ b.T).toarray() > 0
-    of_x, of_y = members
-    within_x, within_y, across = (
-        _mean_of_others(polynomial_kernel(a, b), same, u, v, shares)
-        for (a, u), (b, v), same in zip(
-            ((x, of_x), (y, of_y), (x, of_x)), ((x, of_x), (y, of_y), (y, of_y)), alike, strict=True
-        )
+def _mmd2(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
+    """As :func:`mmd2`, of some rows from others; NaN where two classes have no unrelated pair."""
+    return (
+        _mean_of_unrelated(samples, i, i)
+        + _mean_of_unrelated(samples, j, j)
+        - 2 * _mean_of_unrelated(samples, i, j)
     )
-    return within_x + within_y - 2 * across
 
 
-def _of_subsets(origins, i: np.ndarray, j: np.ndarray):
-    """Origins of the samples i of x and j of y, None where none are known."""
-    if origins is None:
-        return None
-    of_x, of_y = origins
-    return [of_x[k] for k in i], [of_y[k] for k in j]
-
-
-def _memberships(of_x, of_y, sizes: tuple[int, int]) -> tuple[csr_array, csr_array]:
-    """Which sample of x and of y shows which image, (n, images) and (m, images)."""
-    given = len(of_x), len(of_y)
-    if given != sizes:
-        raise ValueError(f"origins of {given} samples for {sizes}: give those of every sample")
-    number = {
-        name: k for k, name in enumerate(sorted({o for each in (*of_x, *of_y) for o in each}))
-    }
-    tables = []
-    for each in (of_x, of_y):
-        pairs = np.array([(i, number[o]) for i, own in enumerate(each) for o in own], int)
-        rows, columns = pairs.reshape(-1, 2).T
-        shape = (len(each), len(number))
-        tables.append(csr_array((np.ones(len(rows), int), (rows, columns)), shape=shape))
-    return tables[0], tables[1]
-
-
-def _mean_of_others(kernel, alike, rows, columns, shares) -> float:
-    """Mean of a kernel over the pairs that are not alike, classes weighted by their shares."""
-    counts = rows.T @ ~alike @ columns
+def _mean_of_unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
+    """Mean of the kernel over pairs that share no image, classes weighted by their shares."""
+    shows, shares = samples.shows, samples.shares
+    unrelated = (i[:, None] != j) & ((shows[i] @ shows[j].T).toarray() == 0)
+    kernel = polynomial_kernel(samples.features[i], samples.features[j])
+    of_i, of_j = samples.members[i].T, samples.members[j]
+    counts = of_i @ unrelated @ of_j
     if not counts.all():
         return float("nan")
-    return float(shares @ (rows.T @ (kernel * ~alike) @ columns / counts) @ shares)
+    return float(shares @ (of_i @ (kernel * unrelated) @ of_j / counts) @ shares)
 
 
 def _features(x, name: str) -> np.ndarray:

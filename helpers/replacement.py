@@ -371,6 +371,7 @@ def compose(
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
         raise CompositeError(f"image {target_image_id!r} has no segment in the pool")
+    _check_size(image, pool.mask(targets[0]).shape, target_image_id)
     limits = {"scale_limits": scale_limits, "stretch_limit": stretch_limit}
     options = _Options(
         partial(PLACEMENTS[method], **limits),
@@ -589,6 +590,14 @@ def _check_compose(
             f"feather={feather} changes {BLEND_REACH * feather:g} pixels on either side, more than "
             f"band={band}: blended pixels would pass as known ones; lower the first or raise the "
             "second"
+        )
+
+
+def _check_size(image: np.ndarray, size: tuple[int, int], image_id: str) -> None:
+    if image.shape[:2] != size:
+        raise ValueError(
+            f"image {image_id!r} is {image.shape[0]} x {image.shape[1]} pixels, its segments in "
+            f"the pool {size[0]} x {size[1]}: give the image that was segmented, or segment anew"
         )
 
 

@@ -42,12 +42,26 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from helpers import config
+from helpers.files import read_json as load
+from helpers.files import replacing, sha256
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["NEEDS", "Failed", "Stage", "begin", "closure", "dump", "load", "up_to_date", "weights"]
+__all__ = [
+    "NEEDS",
+    "Failed",
+    "Stage",
+    "begin",
+    "closure",
+    "dump",
+    "executed",
+    "load",
+    "timings",
+    "up_to_date",
+    "weights",
+]
 
 #: Root of the repository.
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -72,6 +86,10 @@ _VERSIONS = (
     "scikit-learn", "scipy", "segment-anything", "timm", "torch", "torchvision",
 )  # fmt: skip
 
+#: Columns of the tables of a run that hold names, which may look like numbers.
+_TEXT = (
+    "image_id", "label", "dataset", "patient", "site", "split", "synthetic_id", "target", "sources",
+)  # fmt: skip
 
 #: Lock files of the chapters that this process is at work on.
 _LOCKS: dict[Path, IO[str]] = {}
@@ -89,49 +107,15 @@ def root() -> Path:
 # --- writing -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it over `path` when the block succeeds.
-
-    The temporary name keeps the suffix, so that writers which look at it behave the same.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield tmp
-        if not tmp.exists():
-            raise FileNotFoundError(f"nothing was written to {tmp.name} for {path.name}")
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def read_table(path: Path, text: Sequence[str] = ("label",)) -> pd.DataFrame:
+def read_table(path: Path, text: Sequence[str] = _TEXT) -> pd.DataFrame:
     """Read a CSV file of a run; the columns `text` stay text, and only an empty field is missing.
 
-    By itself pandas would take a class called ``1`` for a number and one called ``NA`` for none.
+    By itself pandas would take an image called ``007`` for a number and a class ``NA`` for none.
     """
     import pandas as pd
 
     types = dict.fromkeys(text, str)
     return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
-
-
-def load(path: Path) -> Any:
-    """Read a JSON file of a run.
-
-    Raises
-    ------
-    ValueError
-        If the file is no longer JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it and run again; what it held is made anew"
-        ) from None
 
 
 def dump(path: Path, value: Any) -> None:
@@ -183,8 +167,7 @@ class _Hashes:
         stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns)
         if key not in self._seen:
-            with path.open("rb") as stream:
-                self._seen[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            self._seen[key] = sha256(path)
         return self._seen[key]
 
     def folder(self, path: Path) -> str:
@@ -203,13 +186,19 @@ _hashes = _Hashes()
 
 
 def _listing(folder: Path) -> str:
-    """Digest of names, sizes and times of the files of a data folder: fast for any size."""
+    """Digest of names, sizes and times of the files of a data folder: fast for any size.
+
+    Files whose name starts with a dot, such as ``.DS_Store``, are no data.
+    """
     digest = hashlib.sha256()
-    for item in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for item in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
         stat = item.stat()
         line = f"{item.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n"
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+# --- chapters ------------------------------------------------------------------------------------
 
 
 def notebook(chapter: str) -> Path:
@@ -270,7 +259,18 @@ def weights(chapter: str) -> dict[str, str]:
     ]
     text = "\n".join(sources)
     files = sorted((REPOSITORY / "data" / "weights").glob("*.safetensors"))
-    return {path.name: _hashes.file(path) for path in files if path.stem in text}
+    return {path.name: _hashes.file(path) for path in files if path.name in text}
+
+
+def executed(run: str, chapter: str) -> Path:
+    """Executed notebook of a chapter in the run folder."""
+    return root() / run / "notebooks" / f"{chapter}.ipynb"
+
+
+def timings(run: str) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of each chapter when it last ran: ``timings.json`` of the run."""
+    path = root() / run / "timings.json"
+    return load(path) if path.exists() else {}
 
 
 # --- a chapter at work ---------------------------------------------------------------------------
@@ -319,6 +319,7 @@ class Stage:
         self._final = self.folder / chapter
         self._start, self._cpu = time.perf_counter(), time.process_time()
         self._timings, self._inputs = {}, {}
+        self._add_checkpoints(params)
         for need in NEEDS[chapter]:
             self._finished(need)
         self._finished_now = False
@@ -352,7 +353,9 @@ class Stage:
     def parameters(self, chapter: str) -> config.Common:
         """Parameters that another chapter of this run was run with."""
         values = load(self.input(chapter, "params.json"))
-        return config.build(chapter, values)
+        params = config.build(chapter, values)
+        self._add_checkpoints(params)
+        return params
 
     def records(self) -> pd.DataFrame:
         """Images of the run, one row each: ``00_tissue/images.csv``, text columns as text."""
@@ -468,8 +471,7 @@ class Stage:
 
     @cached_property
     def _records(self) -> pd.DataFrame:
-        text = ("image_id", "label", "split", "patient", "site", "dataset")
-        table = read_table(self.input("00_tissue", "images.csv"), text)
+        table = read_table(self.input("00_tissue", "images.csv"))
         return table.set_index("image_id", drop=False).rename_axis(None)
 
     def _picture(self, folder: str, image_id: str) -> Path:
@@ -479,6 +481,11 @@ class Stage:
             raise KeyError(f"run {self.run!r} has no image {image_id!r} (see 00_tissue/images.csv)")
         self._inputs.setdefault(f"00_tissue/{folder}", path.parent)
         return path
+
+    def _add_checkpoints(self, params: config.Common) -> None:
+        """Count checkpoints given by path among the inputs, under their full path."""
+        for path in map(Path, config.checkpoint_paths(params).values()):
+            self._inputs[str(path.resolve())] = path
 
     def _finished(self, chapter: str) -> None:
         if chapter == self.chapter:
@@ -577,7 +584,7 @@ def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str
         if different:
             return False, f"{kind} changed: {', '.join(different)}"
     for name, digest in manifest["inputs"].items():
-        if _hashes.any(folder / name) != digest:
+        if _hashes.any(folder / name) != digest:  # of a full path, folder / name is that path
             return False, f"input changed: {name}"
     for name, digest in manifest.get("outputs", {}).items():
         if _hashes.any(folder / chapter / name) != digest:
@@ -606,18 +613,13 @@ def peak_memory() -> float:
 
 
 def _data(params: config.Common) -> str | None:
-    """Hash of what a chapter takes from outside: the data, and checkpoints given by path.
-
-    A table of images counts with what lies in its folder.
-    """
+    """Hash of the data folder; a table of images counts with what lies in its folder."""
     root = getattr(params, "data_root", None)
     found = []
     if root and Path(root).is_file():
         found, root = [_hashes.any(Path(root))], Path(root).parent
     if root and Path(root).is_dir():
         found.append(_listing(Path(root)))
-    paths = map(Path, config.checkpoint_paths(params).values())
-    found += [_hashes.any(path) for path in paths if path.exists()]
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None
 
 

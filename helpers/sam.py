@@ -11,7 +11,6 @@ Only the masks that are kept are ever scaled up to the size of the image.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import urllib.error
 import urllib.request
@@ -32,10 +31,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from helpers import files
 from helpers.config import torch_device
 from helpers.crops import Box, inner_edges, reaches
 from helpers.processes import at_once, in_threads
-from helpers.weights import read_weights
+from helpers.weights import read_tensors, read_weights
 
 #: Weights of the small model, shipped with the book.
 SMALL_WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights" / "sam_small.safetensors"
@@ -252,6 +252,7 @@ def load_sam(
     device = torch_device(device)
     name = str(checkpoint)
     if name in OFFICIAL:
+        _check_official(image_size)
         path = DOWNLOADS / OFFICIAL[name][0].rsplit("/", 1)[1]
         download(*OFFICIAL[name], path, progress=progress)
     elif name == "small":
@@ -265,13 +266,17 @@ def load_sam(
         )
     sam = _read_small(path, image_size) if path.suffix == ".safetensors" else None
     if sam is None:
-        if image_size is not None:
-            raise ValueError(
-                f"image_size = {image_size}: official checkpoints work at 1024 only; "
-                "leave image_size at None."
-            )
+        _check_official(image_size)
         sam = _read_official(path)
     return sam.eval().requires_grad_(False).to(device)
+
+
+def _check_official(image_size: int | None) -> None:
+    if image_size is not None:
+        raise ValueError(
+            f"image_size = {image_size}: official checkpoints work at 1024 only; "
+            "leave image_size at None."
+        )
 
 
 def _read_small(path: Path, image_size: int | None) -> Sam:
@@ -297,15 +302,8 @@ def _read_small(path: Path, image_size: int | None) -> Sam:
 
 def _read_official(path: Path) -> Sam:
     kinds = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} could not be read as a checkpoint of plain tensors "
-            f"({type(error).__name__}). Download it again, or give a .safetensors small model."
-        ) from error
-    key = "image_encoder.pos_embed"
-    if not isinstance(state, dict) or key not in state:
+    state, key = read_tensors(path), "image_encoder.pos_embed"
+    if key not in state:
         raise ValueError(
             f"{path} is not a Segment Anything checkpoint: it has no {key!r}. "
             f"Give an official {'/'.join(OFFICIAL)} file or a small model (.safetensors)."
@@ -401,14 +399,10 @@ def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Pat
             f"the download of {url} broke off after {part.stat().st_size} bytes. "
             "What has arrived is kept; run the same again to go on from there."
         )
-    digest = hashlib.sha256()
-    with part.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
+    if (digest := files.sha256(part)) != sha256:
         part.unlink()
         raise ValueError(
-            f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}. "
+            f"{url}: SHA-256 is {digest}, expected {sha256}. "
             "The damaged file was removed; download it again."
         )
     part.replace(path)

@@ -8,7 +8,6 @@ A scene is an image with label maps of what is in it, coarse objects first. Tiss
 from __future__ import annotations
 
 import itertools
-import os
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 
 from helpers import phantom
+from helpers.files import replacing
 from helpers.phantom_architecture import ARCHITECTURES, vary
 from helpers.processes import in_order
 
@@ -322,9 +322,8 @@ def _render_shard(folder: Path, k: int, *, seed: int, shard: int, share: float) 
         image, levels = draw(rng)
         data[i, :3] = image.transpose(2, 0, 1)
         data[i, 3:] = levels
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    np.save(temporary, data)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        np.save(temporary, data)
 
 
 class Scenes:

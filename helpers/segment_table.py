@@ -21,6 +21,9 @@ import cv2
 import numpy as np
 import pandas as pd
 from pycocotools import mask as coco
+from skimage import measure
+
+from helpers import files
 
 __all__ = [
     "BORDER_SHARE",
@@ -32,6 +35,7 @@ __all__ = [
     "cut_by_border",
     "decode",
     "drop_duplicates",
+    "is_compact",
     "join",
     "load_coco",
     "prefer_whole",
@@ -223,6 +227,24 @@ def prefer_whole(table: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
     return whole if len(whole) else rows
 
 
+def is_compact(
+    mask: np.ndarray, *, areas: tuple[float, float] = (0.02, 0.12), solidity: float = 0.85
+) -> bool:
+    """Whether a segment is of middling size and without deep bays, as a whole gland is.
+
+    Parameters
+    ----------
+    mask : (H, W) bool ndarray
+    areas : (float, float)
+        Smallest and largest share of the image.
+    solidity : float
+        Smallest share of its convex hull that it fills.
+    """
+    if not areas[0] < mask.mean() < areas[1]:
+        return False
+    return bool(measure.regionprops(mask.astype(np.uint8))[0].solidity > solidity)
+
+
 def rows_by_image(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """Row numbers of each image, images in the order of the table; cost linear in its rows."""
     return dict(table.groupby("image_id", sort=False).indices)
@@ -317,11 +339,8 @@ def save_coco(
     if not isinstance(segments, Segments):
         segments = collect(images, segments)
     document = _to_coco(segments, dict(info or {}))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, sort_keys=True, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        partial.write_text(json.dumps(document, sort_keys=True, allow_nan=False), encoding="utf-8")
     return segments
 
 
@@ -360,14 +379,10 @@ def decode(rles: dict | list[dict]) -> np.ndarray:
 
 def read_json(path: Path, chapter: str) -> dict:
     """JSON object of a file that `chapter` has written, or ``ValueError`` if it is damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is no JSON, or cut short ({error}): write it again with chapter {chapter}"
-        ) from None
+    remedy = f"write it again with chapter {chapter}"
+    document = files.read_json(path, remedy)
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no JSON object: write it again with chapter {chapter}")
+        raise ValueError(f"{path} holds no JSON object: {remedy}")
     return document
 
 
@@ -487,7 +502,7 @@ def _from_coco(document: Mapping[str, Any]) -> Segments:
     labels = {c["id"]: str(c["name"]) for c in document["categories"]}
     by_id = _image_rows(document["images"])
     images = _image_table(pd.DataFrame(by_id.values(), columns=[*_IMAGE_KEYS, "height", "width"]))
-    ours = "format" in document.get("info", {})
+    ours = "format" in (document.get("info") or {})
     rows, rles = [], []
     for a in document["annotations"]:
         image = by_id[a["image_id"]]
@@ -542,7 +557,7 @@ def _segment_row(
         "cy": float(cy),
         **dict(zip("xywh", (x, y, w, h), strict=True)),
         "border": bool(cut),
-        "score": float(a.get("score", 1.0)),
+        "score": 1.0 if a.get("score") is None else float(a["score"]),
         "superpixel": int(a.get("superpixel", -1)),
     }
 

@@ -71,10 +71,6 @@ def superpixels(
         return np.zeros(image.shape[:2], np.int32)
     labels = _slic(image, n_segments, compactness, sigma)
     n = int(labels.max()) + 1
-    if n != n_segments:  # the grid of seeds rounds the number; ask once more, the other way
-        again = _slic(image, max(1, round(n_segments**2 / n)), compactness, sigma)
-        if abs(int(again.max()) + 1 - n_segments) < abs(n - n_segments):
-            labels, n = again, int(again.max()) + 1
     if not n_segments / TOLERANCE <= n <= n_segments * TOLERANCE:
         warnings.warn(
             f"SLIC returned {n} superpixels for n_segments = {n_segments}. "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import pickle
 import re
 import shlex
 import sys
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 from helpers.config import torch_device
 from helpers.diffusion import dsm_loss
+from helpers.files import replacing
 from helpers.latent import (
     AUTOENCODER_WEIGHTS,
     UNET_WEIGHTS,
@@ -73,6 +75,7 @@ __all__ = [
     "even_times",
     "local_contrast",
     "pixel_losses",
+    "repeated",
     "score_autoencoder",
 ]
 
@@ -526,6 +529,7 @@ class UNetTrainer(Trainer):
         g, n, a = self.generator, self.recipe.batch, self.first_stage.alphas_cumprod
         pick = torch.randint(len(self.z), (n,), generator=g)
         t = ((torch.arange(n) + torch.rand(1, generator=g)) / n * len(a)).long()
+        t.clamp_(max=len(a) - 1)  # n - 1 + 0.9999999 is n in single precision
         loss = dsm_loss(
             self._network(self.model), self.z[pick].float().to(self.device), a, t=t,
             prediction="v_prediction", generator=g,
@@ -600,6 +604,22 @@ def encode_scenes(
             if log:
                 log(f"encoded view {view + 1} of {views}: {len(scenes)} images")
     return torch.cat(found)
+
+
+def repeated(z: torch.Tensor, times: np.ndarray) -> torch.Tensor:
+    """Latents of :func:`encode_scenes`, each as often as the noise network is to see its image.
+
+    Parameters
+    ----------
+    z : (views * N, c, h, w) Tensor
+    times : (N,) int ndarray
+        0 leaves an image out, e.g. of :func:`helpers.latent_scenes.drawing_weights`.
+
+    Returns
+    -------
+    (views * times.sum(), c, h, w) Tensor
+    """
+    return z[np.repeat(np.arange(len(z)), np.tile(times, len(z) // len(times)))]
 
 
 def score_autoencoder(model: LatentDiffusion, images: np.ndarray) -> dict[str, float]:
@@ -734,19 +754,25 @@ def _cached_latents(
     path: Path, weights: Path, model: LatentDiffusion, scenes: Scenes, recipe: UNetRecipe,
     log: Callable[[str], None],
 ) -> torch.Tensor:  # fmt: skip
-    """Latents of the scenes, from `path` if they were made with the same weights and settings."""
-    digest_of = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    first = hashlib.sha256(scenes[0].tobytes() + scenes[len(scenes) - 1].tobytes()).hexdigest()
-    key = [digest_of, first, len(scenes), recipe.views, recipe.jitter, recipe.seed]
-    if path.exists():
+    """Latents of the scenes, from `path` if they were made of the same, with the same settings."""
+    pictures = hashlib.sha256()
+    for i in range(len(scenes)):
+        pictures.update(np.ascontiguousarray(scenes[i]).data)
+    key = [
+        digest(weights), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
+        recipe.seed,
+    ]  # fmt: skip
+    try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         if stored["key"] == key:
             return stored["z"]
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
+        pass  # not there, or damaged: they are made anew
     z = encode_scenes(
         model, scenes, views=recipe.views, jitter=recipe.jitter, seed=recipe.seed, log=log
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"key": key, "z": z}, path)
+    with replacing(path) as temporary:
+        torch.save({"key": key, "z": z}, temporary)
     return z
 
 
@@ -828,14 +854,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = o.weights or UNET_WEIGHTS
         first_stage = load_autoencoder(
             o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None
-        )
+        ).to(torch_device(o.device))
         times = None if o.images else drawing_weights(
             len(scenes), **drawn_with(folder), ihc=recipe.ihc
         )  # fmt: skip
         test = encode_scenes(first_stage, Scenes(held_out(48))).float()
         z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
         if times is not None:
-            z = z[np.repeat(np.arange(len(z)), np.tile(times, recipe.views))]
+            z = repeated(z, times)
         trainer = UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
     o.work.mkdir(parents=True, exist_ok=True)
     trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)

@@ -9,9 +9,7 @@ were made with, and serve no others.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,8 @@ import torch
 from torch import nn
 
 from helpers.config import torch_device
+from helpers.files import read_json, replacing
+from helpers.files import sha256 as digest  # of the weights, for their model card
 from helpers.weights import read_weights, write_weights
 
 __all__ = [
@@ -78,11 +78,6 @@ def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float)
     return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * x)))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, for its model card."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def machine(device: str | torch.device) -> str:
     """What a training runs on, for its model card: the GPU, or the number of threads of the CPU."""
     device = torch.device(device)
@@ -113,9 +108,8 @@ def keep_to_settings(folder: Path, **settings: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
     if not path.exists() and not any(folder.glob("shard_*.npy")):
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     elif differ := _differences(drawn_with(folder), settings):
         raise ValueError(
             f"{folder} holds scenes drawn with other settings ({differ}): work in another folder, "
@@ -132,7 +126,7 @@ def drawn_with(folder: Path) -> dict[str, Any]:
         If there are none.
     """
     try:
-        return json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
+        return read_json(Path(folder) / _SETTINGS)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} does not say how its scenes were drawn, {_SETTINGS} is missing or damaged: "
@@ -279,7 +273,8 @@ class Trainer:
         Raises
         ------
         FloatingPointError
-            If the loss is NaN or infinite; the weights are those of the step before.
+            If the loss or its gradient is NaN or infinite; the weights are those of the step
+            before.
         """
         start, r = time.perf_counter(), self.recipe
         relative = learning_rate(
@@ -288,19 +283,23 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = group["largest"] * relative
         losses = self.loss()
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(
-                f"the {self.kind} loss is {float(losses['loss'].detach())} at step {self.step}: "
-                "lower the learning rate and start from the last checkpoint"
-            )
+        self._check_finite("loss", losses["loss"])
         self.optimiser.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._check_finite("gradient", norm)
         self.optimiser.step()
         self.step += 1
         self._average(min(r.ema, (1 + self.step) / (10 + self.step)))
         self.seconds += time.perf_counter() - start
         return {key: float(value.detach()) for key, value in losses.items()}
+
+    def _check_finite(self, what: str, value: torch.Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise FloatingPointError(
+                f"the {self.kind} {what} is {float(value.detach())} at step {self.step}: "
+                "lower the learning rate and start from the last checkpoint"
+            )
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
@@ -336,9 +335,8 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, the whole file or nothing."""
-        temporary = Path(path).with_suffix(".tmp")
-        torch.save(self.state(), temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            torch.save(self.state(), temporary)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint that :meth:`save` wrote, perhaps for longer.

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["read_weights", "write_weights"]
+from helpers.files import replacing
+
+__all__ = ["read_tensors", "read_weights", "write_weights"]
 
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -27,6 +29,51 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def read_tensors(
+    path: str | Path, remedy: str = "correct the path, or download the file"
+) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, safetensors or torch, without running any code that it may hold.
+
+    Parameters
+    ----------
+    path : path or str
+        A torch file holds a state dictionary, by itself or as its ``model`` or ``state_dict``.
+    remedy : str
+        What to do if there is no such file; ends the message of the error.
+
+    Returns
+    -------
+    dict of str to Tensor
+        On the CPU, in the precision of the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged, or holds other things than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: {remedy}")
+    if path.suffix == ".safetensors":
+        return read_weights(path)[1]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # many kinds, from zip errors to refused pickles
+        raise ValueError(
+            f"{path} could not be read as plain weights ({type(error).__name__}): it is damaged or "
+            "holds other objects; download it again, or save its state dictionary alone"
+        ) from error
+    for key in ("model", "state_dict"):
+        content = content.get(key, content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
+        raise ValueError(
+            f"{path} holds no state dictionary of tensors: it is no checkpoint of a network"
+        )
+    return dict(content)
+
+
 def write_weights(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
@@ -41,10 +88,7 @@ def write_weights(
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp")
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(plain, str(temporary), metadata=dict(metadata))
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(plain, str(temporary), metadata=dict(metadata))
+        temporary.chmod(0o644)

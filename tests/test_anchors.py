@@ -1,14 +1,17 @@
 """Identity vectors, clusters, anchors, segments, and the comparison with annotation."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
 from helpers import phantom
 from helpers.anchors import (
+    Prompted,
     anchor_index,
     anchors,
     ask_in_rounds,
@@ -21,13 +24,15 @@ from helpers.anchors import (
     match_glands,
     mean_match,
     prompt,
+    repeated,
     segment,
+    segment_all,
     segmentation_map,
     settled,
     take,
 )
 from helpers.sam import SMALL_WEIGHTS, Proposals, build_small_sam, embed, load_sam, propose
-from helpers.segment_table import cut_by_border
+from helpers.segment_table import collect, cut_by_border
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor, literal_anchors, literal_identity
 
@@ -164,7 +169,7 @@ def test_choice_is_that_of_the_literal_form_on_the_same_masks(seed):
             logits[i][_disc((side, side), centre + jitter, radius + rng.uniform(0, 0.5))] = 1
     iou = rng.random(n * k).astype(np.float32)
     proposals = Proposals(torch.from_numpy(logits), iou, (side, side), (side, side), side)
-    fast, _ = choose_anchors(proposals, n, distance_threshold=0.1)
+    fast = choose_anchors(proposals, n, distance_threshold=0.1)
     literal = [
         literal_anchor(logits[i * k : (i + 1) * k] > 0, iou[i * k : (i + 1) * k], 0.1 * side)
         for i in range(n)
@@ -182,7 +187,7 @@ def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
     points = draw_points(superpixels(image, 6), 6, rng=np.random.default_rng(seed))
     literal, masks = literal_anchors(small, image, points, distance_threshold=0.1)
     proposals = propose(small, embed(small, image), points.reshape(-1, 2))
-    fast, _ = choose_anchors(proposals, len(points), distance_threshold=0.1)
+    fast = choose_anchors(proposals, len(points), distance_threshold=0.1)
     assert len(literal) == len(fast) >= 4
     same = [iou_matrix(np.stack([masks[i], proposals.full(j)]))[0, 1] >= 0.9
             for i, j in zip(literal, fast, strict=True)]  # fmt: skip
@@ -205,6 +210,51 @@ def test_part_of_the_prompts(random_sam):
     np.testing.assert_array_equal(
         two.proposals.iou, six.proposals.iou.reshape(n, 6)[:, 2:4].ravel()
     )
+
+
+def _crop_of(masks, k):
+    """Prompted superpixels whose K masks each are given."""
+    n, size = len(masks) // k, masks.shape[1:]
+    logits = torch.from_numpy(np.where(masks, 1.0, -1.0).astype(np.float32))
+    iou = np.linspace(0.2, 0.9, n * k, dtype=np.float32)
+    labels, points = np.zeros(size, np.int32), np.zeros((n, k, 2), int)
+    box = (0, 0, size[1], size[0])
+    asked = np.ones((n, k), bool)
+    return Prompted(labels, points, Proposals(logits, iou, size, size, max(size)), asked, box, size)
+
+
+def test_two_runs_are_the_halves_of_the_prompts_of_each_superpixel():
+    rng, k = np.random.default_rng(3), 3
+    crops = []
+    for n in (4, 2):
+        masks = np.stack([
+            _disc((24, 40), rng.choice([10, 14, 30], 2), rng.choice([4, 5, 9]))
+            for _ in range(n * 2 * k)
+        ])  # fmt: skip
+        masks[rng.random(len(masks)) < 0.3] = False
+        masks[: 2 * k] &= n == 4  # a superpixel without any answer
+        crops.append(_crop_of(masks, 2 * k))
+    answered, iou = repeated(crops, distance_threshold=0.2)
+    assert answered.shape == (6, 2, 2) and iou.shape == (6, 2)
+    row = 0
+    for crop in crops:
+        masks, predicted = crop.proposals.masks(), crop.proposals.iou
+        for i in range(len(crop.points)):
+            both = []
+            for at in (i * 2 * k, i * 2 * k + k):
+                filled = [j for j in range(at, at + k) if masks[j].any()]
+                anchor = np.zeros((24, 40), bool)
+                if filled:
+                    threshold = 0.2 * np.sqrt(24 * 40)
+                    best = literal_anchor(masks[filled], predicted[filled], threshold)
+                    anchor = masks[filled[best]]
+                both.append((masks[at], anchor))
+            for way in range(2):
+                one, two = both[0][way], both[1][way]
+                assert answered[row, way].tolist() == [one.any(), two.any()]
+                assert iou[row, way] == pytest.approx((one & two).sum() / max(1, (one | two).sum()))
+            row += 1
+    assert answered.any() and not answered.all() and not answered[4].any()
 
 
 # ---------------------------------------------------------------- early stopping
@@ -302,12 +352,11 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
         early.proposals.padded[asked], full.proposals.padded[asked], rtol=1e-3, atol=1e-3
     )
     assert not early.proposals.masks()[~asked].any()
-    a, _ = choose_anchors(full.proposals, len(full.points))
-    b, support = choose_anchors(early.proposals, len(full.points), asked=early.asked)
+    a = choose_anchors(full.proposals, len(full.points))
+    b = choose_anchors(early.proposals, len(full.points))
     masks = full.proposals.masks()
     for i, j in zip(a, b, strict=True):
         assert i // k == j // k and iou_matrix(masks[[i, j]])[0, 1] >= 0.8
-    assert (support <= 1).all()
 
 
 def test_rounds_end_at_once_where_every_prompt_gives_the_same_mask(monkeypatch, random_sam):
@@ -356,7 +405,7 @@ def test_sizes_and_duplicates_judged_at_low_resolution_are_those_of_the_image(sm
     image = phantom.render(seed, seed=8, size=size).image
     rng, settings = np.random.default_rng(seed), {"n_segments": 20, "n_points": 3}
     (prompted,) = prompt(small, image, rng=rng, crop_n_layers=0, **settings)
-    index, _ = choose_anchors(prompted.proposals, len(prompted.points))
+    index = choose_anchors(prompted.proposals, len(prompted.points))
     masks = np.stack([prompted.proposals.full(i) for i in index])
     sized = np.flatnonzero((masks.mean((1, 2)) >= 0.02) & (masks.mean((1, 2)) <= 0.5))
     kept = sized[deduplicate(masks[sized], prompted.proposals.iou[index[sized]], 0.5)]
@@ -417,6 +466,10 @@ def test_segment_is_complete_and_repeatable(random_sam):
     assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
     assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one.layer) == len(one)
     np.testing.assert_array_equal(one.border, cut_by_border(one.masks))
+    counts = one.counts
+    assert counts.pop("cut by border") == one.border.sum()
+    assert 2 * counts.pop("superpixels") == sum(counts.values()) + one.n_superpixels
+    assert counts.pop("segments") == len(one) and counts == one.n_dropped
 
 
 def test_segment_counts_what_it_drops(random_sam):
@@ -433,6 +486,42 @@ def test_segment_counts_what_it_drops(random_sam):
     )
     assert len(found) + sum(found.n_dropped.values()) == found.n_superpixels
     assert found.n_dropped["small"] + found.n_dropped["large"] > 0
+
+
+def test_segmenting_goes_on_where_it_was_stopped(tmp_path):
+    """The same table as in one go, from files of which those that are complete are kept."""
+    names = ["a", "b", "c", "d"]
+    images = pd.DataFrame(
+        {"image_id": names, "label": "x", "split": "train", "height": 30, "width": 50}
+    )
+    rng = np.random.default_rng(0)
+    masks = {i: np.stack([_disc((30, 50), rng.integers(8, 22, 2), 5)] * m)
+             for i, m in zip(names, (2, 1, 1, 3), strict=True)}  # fmt: skip
+    masks["b"] = masks["b"][:0]  # an image without segments
+    done = []
+
+    def work(record, broken=()):
+        if record.image_id in broken:
+            raise KeyboardInterrupt
+        done.append(record.image_id)
+        found = SimpleNamespace(masks=masks[record.image_id])
+        return found, {"id": record.image_id, "share": 1 / 3}
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_all(lambda record: work(record, "c"), images, tmp_path)
+    before = set(done)
+    for name in before:  # the rows are written last, so an image with segments alone is not done
+        assert (tmp_path / f"{name}.rows.json").exists()
+    (tmp_path / "a.rows.json").unlink()
+    done.clear()
+    segments, kept = segment_all(work, images, tmp_path)
+    assert set(done) == set(names) - (before - {"a"})
+    assert kept == [{"id": name, "share": 1 / 3} for name in names]
+    expected = collect(images, masks)
+    pd.testing.assert_frame_equal(segments.table, expected.table, check_dtype=False)
+    assert segments.rles == expected.rles
+    done.clear()
+    assert segment_all(work, images, tmp_path)[1] == kept and done == []
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])

@@ -1,72 +1,10 @@
-"""Traditional and mixing augmentation; synthesis that survives a kill bit for bit."""
-
-import hashlib
-import json
-import shutil
+"""Traditional and mixing augmentation."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from helpers import augment, config
-from helpers.replacement import Sampler
-from tests.test_replacement import toy_pool
-
-PROVENANCE = {"method": "test", "seed": 0}
-
-
-def _rng(label, order):
-    return np.random.default_rng([len(label), ord(label[0]), order])
-
-
-def _generator(label, order):
-    return torch.Generator().manual_seed(1000 * ord(label[0]) + order)
-
-
-def _heal(images, unknown, generators):
-    """Noise in the unknown region, from each image's own generator."""
-    noise = [
-        torch.randint(0, 256, image.shape, generator=g, dtype=torch.uint8).numpy()
-        for image, g in zip(images, generators, strict=True)
-    ]
-    return np.where(unknown[..., None], np.stack(noise), images)
-
-
-def _pieces(n_per_class=3, **options):
-    pool, images = toy_pool(n_images=8)
-    sampler = Sampler(pool, cut_sources="anywhere")
-    options = {"area_range": (0.05, 1.0), "stain": "none", **options}
-    return augment.compose_all(
-        pool, sampler, images.__getitem__, n_per_class=n_per_class, rng_of=_rng, **options
-    )
-
-
-def _synthesise(folder, pieces=None, heal=_heal, **kwargs):
-    kwargs = {"generator_of": _generator, "provenance": PROVENANCE, "batch": 2, **kwargs}
-    return augment.synthesise(_pieces() if pieces is None else pieces, heal, folder, **kwargs)
-
-
-def _bytes(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_classes_that_differ_in_punctuation_or_case_have_files_of_their_own():
-    names = augment._file_names(["3+4", "3-4", "a b", "A b", "x"])
-    assert names == {"3+4": "3_4", "3-4": "3_4-2", "a b": "a_b", "A b": "A_b-2", "x": "x"}
-    pool, images = toy_pool(n_images=8, classes=("3+4", "3-4"))
-    made = [
-        piece.synthetic_id
-        for label in pool.classes  # class by class, as chapter 06 does
-        for piece in augment.compose_all(
-            pool, Sampler(pool, cut_sources="anywhere"), images.__getitem__, n_per_class=2,
-            rng_of=_rng, labels=[label], area_range=(0.05, 1.0), stain="none",
-        )
-    ]  # fmt: skip
-    assert made == ["3_4-0000", "3_4-0001", "3_4-2-0000", "3_4-2-0001"]
-
-
-# --- traditional, CutOut, MixUp, CutMix -----------------------------------------------------------
+from helpers import augment
 
 
 def test_traditional_keeps_shape_and_range_and_follows_the_seed():
@@ -80,6 +18,24 @@ def test_traditional_keeps_shape_and_range_and_follows_the_seed():
     assert one.dtype == torch.float32
     assert 0 <= one.min() and one.max() <= 1
     assert not torch.equal(transform(image), transform(image))
+
+
+def test_traditional_flips_both_ways_and_changes_hue_but_not_the_tissue():
+    """A bright corner comes to lie in each of the four; what is bright stays so."""
+    image = torch.full((3, 20, 28), 60, dtype=torch.uint8)
+    image[:, :10, :14] = torch.tensor([220, 120, 180], dtype=torch.uint8)[:, None, None]
+    transform = augment.traditional(28)
+    torch.manual_seed(0)
+    corners, hues = set(), []
+    for _ in range(40):
+        quarters = transform(image).unfold(1, 10, 10).unfold(2, 14, 14).mean((3, 4))
+        bright = quarters.mean(0).flatten()
+        corners.add(int(bright.argmax()))
+        assert bright.max() > 0.55 and bright.sum() - bright.max() < 3 * 0.35
+        red, _, blue = quarters.flatten(1)[:, bright.argmax()]
+        hues.append(float(red - blue))
+    assert corners == {0, 1, 2, 3}
+    assert np.std(hues) > 0.02
 
 
 def test_cutout_erases_its_share_and_nothing_else():
@@ -106,156 +62,11 @@ def test_labels_are_mixed_as_the_pixels_are(mix):
     torch.testing.assert_close(mixed.mean((1, 2, 3)), expected, atol=1e-5, rtol=0)
 
 
-# --- composing ------------------------------------------------------------------------------------
-
-
-def test_small_set_is_the_beginning_of_the_large_one():
-    small = {p.synthetic_id: p.composite for p in _pieces(1)}
-    large = {p.synthetic_id: p.composite for p in _pieces(3)}
-    assert len(large) == 6 and set(small) < set(large)
-    for name, composite in small.items():
-        np.testing.assert_array_equal(composite.image, large[name].image)
-
-
-def test_sources_are_of_the_class_and_never_of_the_target():
-    pool, _ = toy_pool(n_images=8)
-    label_of = pool.table.drop_duplicates("image_id").set_index("image_id")["label"]
-    for piece in _pieces():
-        assert label_of[piece.composite.image_id] == piece.label
-        for done in piece.composite.replacements:
-            assert label_of[done["source_image"]] == piece.label
-            assert done["source_image"] != piece.composite.image_id
-
-
-def test_conditions_that_cannot_be_met_are_recorded():
-    pieces = list(_pieces(1, area_range=(0.99, 1.0)))
-    assert all(piece.composite is None for piece in pieces)
-    assert len(pieces[0].skipped) == 4  # every image of the class was tried
-    assert "outside [0.99, 1.0]" in pieces[0].skipped[0]["reason"]
-
-
-# --- healing --------------------------------------------------------------------------------------
-
-
-def test_images_records_and_kept_pixels(tmp_path):
-    records = _synthesise(tmp_path)
-    assert [r["order"] for r in records] == [0, 1, 2, 0, 1, 2]
-    for record in records:
-        name = f"{record['synthetic_id']}.png"
-        healed, pasted, regions = (
-            np.asarray(Image.open(tmp_path / kind / name))
-            for kind in ("images", "pasted", "regions")
-        )
-        np.testing.assert_array_equal(healed[regions < 2], pasted[regions < 2])
-        assert (healed[regions >= 2] != pasted[regions >= 2]).any()
-        assert (regions % 2).any()
-        assert record["pasted_share"] == pytest.approx((regions % 2).mean())
-        assert record["unknown_share"] == pytest.approx((regions >= 2).mean())
-        assert record["made_by"] == PROVENANCE
-        saved = tmp_path / "provenance" / f"{record['synthetic_id']}.json"
-        assert json.loads(saved.read_text()) == record
-
-
-def test_result_does_not_depend_on_the_batch(tmp_path):
-    _synthesise(tmp_path / "a", batch=1)
-    _synthesise(tmp_path / "b", batch=4)
-    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
-
-
-@pytest.mark.parametrize("calls", [1, 2])
-def test_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, calls):
-    left = calls
-
-    def dies(*args):
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        return _heal(*args)
-
-    with pytest.raises(KeyboardInterrupt):
-        _synthesise(tmp_path / "killed", heal=dies)
-    done = _bytes(tmp_path / "killed")
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("*.png")}
-    assert len(done) == 4 * 2 * calls
-    _synthesise(tmp_path / "killed")
-    assert all(path.stat().st_mtime_ns == t for path, t in times.items())  # not made twice
-    _synthesise(tmp_path / "whole")
-    assert _bytes(tmp_path / "killed") == _bytes(tmp_path / "whole")
-
-
-def test_finished_images_are_not_healed_again_unless_the_recipe_changes(tmp_path):
-    calls = []
-
-    def counting(images, *rest):
-        calls.append(len(images))
-        return _heal(images, *rest)
-
-    _synthesise(tmp_path, heal=counting)
-    _synthesise(tmp_path, heal=counting)
-    assert sum(calls) == 6
-    shutil.rmtree(tmp_path / "images")
-    _synthesise(tmp_path, heal=counting)
-    assert sum(calls) == 12
-    _synthesise(tmp_path, heal=counting, provenance={**PROVENANCE, "seed": 1})
-    assert sum(calls) == 18
-
-
-def test_failing_write_leaves_no_half_image(tmp_path, monkeypatch):
-    def broken(self, path, *args, **kwargs):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        _synthesise(tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_hashes_are_those_of_the_weights_in_use(tmp_path):
-    shipped = {"unet.safetensors": "abc"}
-    assert augment.weight_hashes("small", shipped) == shipped
-    (tmp_path / "own.ckpt").write_bytes(b"weights")
-    (tmp_path / "unet.safetensors").write_bytes(b"more")
-    own = hashlib.sha256(b"weights").hexdigest()
-    assert augment.weight_hashes(tmp_path / "own.ckpt", shipped) == {"own.ckpt": own}
-    more = hashlib.sha256(b"more").hexdigest()
-    assert augment.weight_hashes(tmp_path, shipped) == {"unet.safetensors": more}
-    (tmp_path / "empty").mkdir()
-    for wrong in ("missing.ckpt", "empty"):
-        with pytest.raises(FileNotFoundError, match=f"{wrong}.*holds no weights"):
-            augment.weight_hashes(tmp_path / wrong, shipped)
-
-
-def test_number_of_images_is_checked_before_anything_runs():
-    with pytest.raises(ValueError, match=r"n_per_class\[0\] = 0: should be greater"):
-        config.build("06_synthesis", {"n_per_class": [0, 8]})
-
-
-def test_crop_follows_the_mask_and_stays_inside():
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    mask = np.zeros((50, 70), bool)
-    mask[20:30, 30:44] = True
-    np.testing.assert_array_equal(augment.crop_to(image, mask, 16), image[16:32, 28:44])
-    corner = np.zeros((50, 70), bool)
-    corner[48:, 68:] = True
-    np.testing.assert_array_equal(augment.crop_to(image, corner, 16), image[34:, 54:])
-    assert augment.crop_to(image, mask, 999).shape == image.shape
-
-
-def test_bad_input(tmp_path):
-    pool, images = toy_pool()
-    with pytest.raises(ValueError, match="n_per_class is 0"):
-        next(_pieces(0))
-    with pytest.raises(ValueError, match="class 'z' has no segment in the pool"):
-        next(augment.compose_all(
-            pool, Sampler(pool), images.__getitem__, n_per_class=1, rng_of=_rng, labels=["z"]
-        ))  # fmt: skip
-    with pytest.raises(ValueError, match="batch is 0"):
-        _synthesise(tmp_path, batch=0)
+def test_bad_input():
     with pytest.raises(ValueError, match=r"lies in \(0, 1\)"):
         augment.cutout(1.5)
     with pytest.raises(ValueError, match="image_size is 0"):
         augment.traditional(0)
-    with pytest.raises(ValueError, match="not empty"):
-        augment.crop_to(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), bool))
+    for mix in (augment.mixup, augment.cutmix):
+        with pytest.raises(ValueError, match="n_classes is 0"):
+            mix(0)

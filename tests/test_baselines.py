@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import label
+from segment_anything.utils.amg import build_all_layer_point_grids
 
 from helpers import phantom
-from helpers.anchors import Prompted
+from helpers.anchors import Prompted, match_glands, prompt
 from helpers.baselines import (
     CLASSICAL,
     automatic,
     grid_side,
+    judged,
+    rivals,
     single_prompts,
     slic_merged,
 )
@@ -82,7 +85,93 @@ def test_the_grid_has_about_as_many_points_as_prompts():
     assert [grid_side(n) for n in (1, 4, 6, 7, 450, 32)] == [1, 2, 2, 3, 21, 6]
 
 
+@pytest.mark.parametrize(("n", "layers"), [(16, 0), (50, 1), (90, 2), (9, 2)])
+def test_automatic_masks_are_asked_as_many_prompts_as_come_nearest(image, n, layers, monkeypatch):
+    torch.manual_seed(0)
+    sam = build_small_sam(64, dim=32).requires_grad_(False)
+    asked = []
+    monkeypatch.setattr(
+        "helpers.baselines.SamAutomaticMaskGenerator",
+        lambda *_, **options: Counting(asked, options),
+    )
+    automatic(sam, image, 3, n_prompts=n, crop_n_layers=layers)
+    (found,) = asked
+    near = []
+    for side in range(1, 30):  # by the generator's own grids
+        depth = min(layers, side.bit_length() - 1)
+        grids = build_all_layer_point_grids(side, depth, 2)
+        near.append(sum(4**k * len(grid) for k, grid in enumerate(grids)))
+    assert abs(found - n) == min(abs(total - n) for total in near)
+
+
+class Counting:
+    """In the place of the mask generator: how many prompts it would ask."""
+
+    def __init__(self, asked, options):
+        grids = build_all_layer_point_grids(
+            options["points_per_side"], options["crop_n_layers"],
+            options["crop_n_points_downscale_factor"],
+        )  # fmt: skip
+        asked.append(sum(4**k * len(grid) for k, grid in enumerate(grids)))
+
+    def generate(self, image):
+        return []
+
+
+def test_automatic_masks_are_the_best_of_what_the_generator_finds(image, monkeypatch):
+    """Ranked by predicted IoU, within the sizes, whatever the order they are found in."""
+    sam = build_small_sam(64, dim=32).requires_grad_(False)
+    found = []
+    for k, score in enumerate((0.3, 0.9, 0.5, 0.8)):
+        mask = np.zeros(image.shape[:2], bool)
+        mask[2 * k : 2 * k + 12, 5:25] = True
+        found.append({"segmentation": mask, "area": int(mask.sum()), "predicted_iou": score})
+    found[1]["area"] = image.size  # too large
+    options = {}
+
+    class Fixed:
+        def __init__(self, _, **given):
+            options.update(given)
+
+        def generate(self, image):
+            return list(found)
+
+    monkeypatch.setattr("helpers.baselines.SamAutomaticMaskGenerator", Fixed)
+    masks = automatic(sam, image, 2, n_prompts=9, iou_merge=0.4)
+    np.testing.assert_array_equal(masks, [found[k]["segmentation"] for k in (3, 2)])
+    assert options["box_nms_thresh"] == options["crop_nms_thresh"] == 0.4
+
+
 @pytest.mark.parametrize("baseline", CLASSICAL.values(), ids=CLASSICAL)
 def test_no_segments_are_refused(baseline, image):
     with pytest.raises(ValueError, match="at least one"):
         baseline(image, 0)
+
+
+def test_rivals_are_the_methods_with_the_settings_of_the_anchors(image):
+    torch.manual_seed(0)
+    sam = build_small_sam(64, dim=32).requires_grad_(False)
+    asked = prompt(sam, image, rng=np.random.default_rng(0), n_segments=4, crop_n_layers=1)
+    settings = {"min_area": 0.01, "linkage": "single"}
+    ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1)
+    assert list(ways) == ["single prompts", *CLASSICAL]
+    np.testing.assert_array_equal(ways["single prompts"](), single_prompts(asked, 6, **settings))
+    np.testing.assert_array_equal(ways["SLIC, merged"](), slic_merged(image, 6))
+    ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1, with_automatic=True)
+    n_prompts = sum(crop.points.shape[0] * crop.points.shape[1] for crop in asked)
+    expected = automatic(sam, image, 6, n_prompts=n_prompts, crop_n_layers=1, min_area=0.01)
+    np.testing.assert_array_equal(ways["automatic masks"](), expected)
+
+
+def test_each_way_is_called_once_timed_and_compared_with_the_glands():
+    glands = np.zeros((20, 30), int)
+    glands[2:8, 3:9], glands[15:16, 20:22] = 1, 2
+    hit = (glands == 1)[None]
+    calls = []
+    ways = {"hit": lambda: calls.append("hit") or hit, "none": lambda: hit[:0]}
+    rows = judged(ways, glands, min_area=0.01, spent={"none": 100.0})
+    assert calls == ["hit"] and [row.pop("method") for row in rows] == ["hit", "none"]
+    quick, slow = (row.pop("seconds") for row in rows)
+    assert 0 <= quick < 1 and 100 <= slow < 101
+    assert rows == [match_glands(masks, glands, min_area=0.01) for masks in (hit, hit[:0])]
+    assert rows[0]["mean_best_iou"] == 1 and rows[0]["n"] == 1  # the second gland is too small

@@ -1,7 +1,7 @@
 import nbformat
 import pytest
 
-from helpers import book, execute, runs
+from helpers import book, runs
 
 CHAPTER = "00_tissue"
 
@@ -29,7 +29,7 @@ def chapter(tmp_path, monkeypatch, run_root):
     ]
     done.metadata["papermill"] = {"input_path": "somewhere"}
     monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
-    path = execute.executed("r", CHAPTER)
+    path = runs.executed("r", CHAPTER)
     path.parent.mkdir(parents=True)
     nbformat.write(source, runs.notebook(CHAPTER))
     nbformat.write(done, path)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from helpers import augment, classify
+from helpers.weights import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +53,24 @@ def weights(classifier):
 # --- schedule -------------------------------------------------------------------------------------
 
 
-def test_cosine_rate_is_that_of_torch():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimiser = torch.optim.Adam([parameter], lr=1e-3)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimiser, 25, eta_min=1e-5)
-    for step in range(120):
-        epoch = step / 2
-        theirs.step(epoch)
-        ours = classify.cosine_rate(epoch, high=1e-3, low=1e-5)
-        assert ours == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+@pytest.mark.parametrize(("restart", "epochs"), [(3, 7), (25, 4)])
+def test_rates_are_those_of_the_paper(data, monkeypatch, restart, epochs):
+    """Loshchilov and Hutter, "SGDR", 2017, Eq. 5, at each step; T_0 is at most the epochs."""
+    made, high, low = [], 0.05, 1e-4
+
+    class Adam(torch.optim.Adam):
+        def step(self, *given):
+            made.append(self.param_groups[0]["lr"])
+            return super().step(*given)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(classify, "RESTART", restart)
+    done = fit(tiny(), data, epochs=epochs, rates=(high, low))
+    steps = 3  # of 4 images, in an epoch of 12
+    t = np.arange(epochs * steps) / steps % min(restart, epochs)
+    expected = low + (high - low) * (1 + np.cos(np.pi * t / min(restart, epochs))) / 2
+    np.testing.assert_allclose(made, expected, rtol=1e-9)
+    np.testing.assert_allclose([e["rate"] for e in done.curve], expected[2::3], rtol=1e-9)
 
 
 def test_paper_rates():
@@ -91,17 +101,24 @@ def test_lite0_starts_from_its_package_and_the_head_from_the_generator():
     assert not torch.equal(head[0], head[2])
 
 
-def test_saved_classifier_comes_back(tmp_path, data):
-    one = classify.build_classifier("lite0", 2)
-    classify.save_classifier(one, tmp_path / "c.safetensors")
-    two = classify.build_classifier("lite0", 2, weights=tmp_path / "c.safetensors", keep_head=True)
-    np.testing.assert_array_equal(
-        classify.predict(one, data[0][:2]), classify.predict(two, data[0][:2])
+@pytest.mark.parametrize("name", ["c.safetensors", "c.pth"])
+def test_a_checkpoint_gives_all_layers_but_the_last(tmp_path, name):
+    """Also one of other classes, and one that a wrapper has put a prefix before its names."""
+    one = classify.build_classifier("lite0", 2, weights="random")
+    state = {f"module.{key}": value for key, value in one.network.state_dict().items()}
+    if name == "c.pth":
+        torch.save({"state_dict": state}, tmp_path / name)
+    else:
+        write_weights(tmp_path / name, state, {})
+    two = classify.build_classifier(
+        "lite0", 5, weights=tmp_path / name, generator=torch.Generator().manual_seed(1)
     )
-    with pytest.raises(ValueError, match="has 2 classes, 5 are asked for"):
-        classify.build_classifier("lite0", 5, weights=tmp_path / "c.safetensors", keep_head=True)
+    assert two.network.classifier.weight.shape == (5, 1280)
+    for key, value in two.network.state_dict().items():
+        same = torch.equal(value, one.network.state_dict()[key])
+        assert same != key.startswith("classifier."), key
     with pytest.raises(ValueError, match="belongs to another network"):
-        classify.build_classifier("resnet50", 2, weights=tmp_path / "c.safetensors")
+        classify.build_classifier("resnet50", 2, weights=tmp_path / name)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -191,10 +208,10 @@ def test_bad_input(tmp_path, data):
         classify.build_classifier("vgg", 2)
     with pytest.raises(ValueError, match="at least 2 classes"):
         classify.build_classifier("lite0", 1)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pt: .*'hub' or 'random'"):
         classify.build_classifier("lite0", 2, weights=tmp_path / "absent.pt")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="damaged or holds something else"):
+    with pytest.raises(ValueError, match=r"broken\.pt could not be read .* damaged or holds"):
         classify.build_classifier("lite0", 2, weights=tmp_path / "broken.pt")
     with pytest.raises(ValueError, match="no training image has class 2 of 3"):
         fit(tiny(n_classes=3), data)

@@ -1,9 +1,20 @@
+import inspect
 import types
 import typing
 
 import pytest
 
-from helpers import classify, config, sam
+from helpers import (
+    anchors,
+    classify,
+    config,
+    diffusion,
+    draws,
+    placement,
+    replacement,
+    sam,
+    samplers,
+)
 from helpers.seam import BLEND_REACH
 
 GOOD = {
@@ -143,6 +154,32 @@ def test_checkpoints_with_a_name_are_those_that_can_be_loaded():
 def test_classifiers_are_those_that_can_be_built():
     field = config.CHAPTERS["07_classifier_evaluation"].model_fields["classifiers"]
     assert typing.get_args(typing.get_args(field.annotation)[0]) == classify.NAMES
+
+
+def keywords(function):
+    """Names of the arguments of a function that can only be given by name."""
+    given = inspect.signature(function).parameters.values()
+    return {p.name for p in given if p.kind is p.KEYWORD_ONLY}
+
+
+def test_options_are_arguments_of_the_functions_they_are_for():
+    """All of them where nothing else sets any: a new argument is not forgotten."""
+    prompts, clusters, replacing, painting = (
+        config.build(chapter, defaults(chapter))
+        for chapter in ("01_superpixel_prompting", "02_anchor_clustering",
+                        "04_probabilistic_replacement", "05_sde_mcg_inpainting")
+    )  # fmt: skip
+    assert clusters.clustering.keys() == keywords(anchors.choose_anchors)
+    assert clusters.options.keys() | {"max_area"} == keywords(anchors.anchors)
+    given = prompts.options.keys() | clusters.clustering.keys() | {"early_stop", "rng"}
+    assert given == keywords(anchors.prompt)
+    assert prompts.options["dtype"] is None and prompts.options["n_points"] == prompts.n_points
+    assert clusters.options["min_area"] == clusters.min_area
+    assert replacing.rules.keys() <= keywords(draws.Sampler)
+    assert replacing.limits.keys() <= keywords(placement.affine_by_fit)
+    assert replacing.options.keys() <= keywords(replacement.compose)
+    passed_on = inspect.signature(samplers.Sampling).parameters.keys()
+    assert painting.options.keys() <= keywords(diffusion.inpaint) | passed_on
 
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)

@@ -259,6 +259,13 @@ def test_superpixels_in_a_segment_that_the_crop_cuts_are_explained():
     )
 
 
+def test_a_strip_too_thin_for_the_raster_is_asked_all_the_same():
+    labels = np.zeros((9, 503), int)
+    labels[:, 250:] = 1
+    masks = np.ones((2, 1, 64), bool)
+    assert explained(labels, (0, 0, 503, 9), (24, 2000), masks).tolist() == [False, False]
+
+
 def test_what_is_explained_is_not_asked_again(small):
     """A large gland is not asked for in crops that cut it; what is asked is asked as before."""
     scene = phantom.render(3, seed=5, grade="benign", size=(160, 160), microns_per_pixel=0.5)

@@ -520,6 +520,38 @@ def test_bad_tables(tmp_path):
         datasets.load("folder", root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("path,label\n1.png,a,\n2.png,b,\n", r"Expected 2 fields in line 2, saw 3\): .*quotes"),
+        ("path,label\n1.png,a\n2.png,b, c\n", r"Expected 2 fields in line 3, saw 3\): "),
+        ("path,label,label\n1.png,a,b\n2.png,b,a\n", "more than one column 'label'"),
+        ("path,label,label \n1.png,a,b\n2.png,b,a\n", "more than one column 'label'"),
+    ],
+)
+def test_tables_whose_columns_are_not_clear(tmp_path, text, said):
+    for name in ("1.png", "2.png"):
+        save(tmp_path / name)
+    (tmp_path / "images.csv").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        datasets.load("folder", root=tmp_path, image_size=32)
+
+
+def test_empty_lines_of_a_table_are_passed_over_and_counted(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", seed=i)
+    start = "path,label,\n0.png,a,\n\n,,\n1.png,a,x\n"
+    (tmp_path / "images.csv").write_text(start + "\n2.png,a,\n\n", encoding="utf-8-sig")
+    assert len(datasets.load("folder", root=tmp_path, image_size=32)) == 3
+    for line, error, said in (
+        ("2.png,,", ValueError, "line 7: label is empty"),
+        ("3.png,a,", FileNotFoundError, "line 7: image file"),
+    ):
+        (tmp_path / "images.csv").write_text(start + f"\n{line}\n")
+        with pytest.raises(error, match=said):
+            datasets.load("folder", root=tmp_path, image_size=32)
+
+
 def test_a_patient_in_two_splits_is_refused(tmp_path):
     for i in range(2):
         save(tmp_path / f"{i}.png")

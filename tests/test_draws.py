@@ -306,8 +306,9 @@ def test_nobody_left_is_a_clear_error():
         Sampler(single).draw(0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="cut_sources='never' is unknown: use one of at_border"):
         Sampler(pool, cut_sources="never")
-    with pytest.raises(ValueError, match="penalty=-1"):
-        Sampler(pool, penalty=-1)
+    for penalty in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"penalty={penalty}"):
+            Sampler(pool, penalty=penalty)
 
 
 def test_effective_sources():

@@ -67,7 +67,7 @@ def project(tmp_path_factory, repository_root):
     """A copy of the repository whose two chapters do next to nothing."""
     root = tmp_path_factory.mktemp("project")
     (root / "helpers").mkdir()
-    for name in ("__init__", "config", "runs", "execute"):
+    for name in ("__init__", "config", "files", "runs", "execute"):
         shutil.copy(repository_root / "helpers" / f"{name}.py", root / "helpers")
     shutil.copytree(repository_root / "notebooks" / "presets", root / "notebooks" / "presets")
     for chapter in BODY:
@@ -155,6 +155,26 @@ def test_a_missing_predecessor_is_named(project):
     assert "--run empty --only 00_tissue" in result.stderr
 
 
+def test_all_missing_predecessors_are_named_at_once(run_root):
+    """Those that the missing ones build on too, but none behind a finished one."""
+    names = {c.split("_")[0]: c for c in config.CHAPTERS}
+
+    def missing(*numbers):
+        with pytest.raises(runs.Failed) as error:
+            execute._check_needs("r", [names[n] for n in numbers])
+        said = str(error.value)
+        assert said.startswith("run 'r' has not finished ")
+        return [c.split("_")[0] for c in said.rpartition("--run r --only ")[2].split()]
+
+    assert missing("05", "A1") == ["00", "01", "02", "03", "04", "05", "A1"]
+    assert missing("00", "02") == ["00", "01", "02"]
+    for chapter in ("00", "03"):
+        runs.dump(run_root / "r" / names[chapter] / "manifest.json", {})
+    assert missing("06") == ["04", "05", "06"]
+    execute._check_needs("r", [names["04"], names["05"], names["06"], names["A2"]])
+    execute._check_needs("r", list(config.CHAPTERS))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -170,6 +190,13 @@ def test_a_missing_predecessor_is_named(project):
         (["-p", "sam_checkpoint", "vitb"], "did you mean 'vit_b'"),
         (["-p", "extractor_path", "c.pth"], "extractor_path = 'c.pth': there is no such file;"),
         (["-p", "sigma", "[2"], "-p sigma [2: this is no YAML value ("),
+        (
+            ["--only", "00", "-p", "n_segments", "abc"],
+            "-p n_segments belongs to chapter 01_superpixel_prompting, which --only or --from "
+            "leaves out: leave the option out",
+        ),
+        (["--only", "05", "--dataset", "glsa"], "dataset = 'glsa': should be 'phantom'"),
+        (["--from", "06", "-p", "steps", "5"], "-p steps belongs to chapter 05_sde_mcg_inpainting"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, said, run_root, capsys):
@@ -182,6 +209,7 @@ def test_a_run_keeps_its_data_set_with_and_without_a_preset(run_root, tmp_path):
     data.mkdir()
     options = {"dataset": "folder", "data_root": str(data)}
     runs.dump(runs.root() / "own" / "run.json", {"preset": "smoke", "options": options})
+    runs.dump(runs.root() / "own" / TISSUE / "manifest.json", {})
 
     def resolved(*arguments):
         return execute.resolve(execute._parse(["--run", "own", *arguments]))
@@ -192,6 +220,66 @@ def test_a_run_keeps_its_data_set_with_and_without_a_preset(run_root, tmp_path):
     with pytest.raises(ValueError, match=r"made from other data \(folder, .*\) .*--force"):
         resolved("--dataset", "phantom")
     assert resolved("--dataset", "phantom", "--force")[1]["dataset"] == "phantom"
+
+
+def test_a_run_that_holds_nothing_yet_takes_other_data(run_root, tmp_path, monkeypatch):
+    """A first command that failed, of the wrong folder perhaps, binds the run to nothing."""
+    data = [tmp_path / name for name in ("wrong", "right")]
+
+    def fail(*args, **kwargs):
+        raise runs.Failed("no images")
+
+    monkeypatch.setattr(execute, "execute", fail)
+    for folder in data:
+        folder.mkdir()
+        given = ["--preset", "smoke", "--dataset", "folder", "--data-root", str(folder)]
+        assert execute.main(["--run", "own", *given]) == 1
+        note = runs.load(run_root / "own" / "run.json")
+        assert note["options"]["data_root"] == str(folder)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), runs.Failed("x"), ValueError("x")])
+def test_options_are_forgotten_after_an_error_but_not_when_a_run_is_stopped(
+    run_root, monkeypatch, error
+):
+    note = run_root / "r" / "run.json"
+    old, new = ({"preset": "smoke", "options": {"steps": n}} for n in (5, 6))
+    runs.dump(note, old)
+    runs.dump(run_root / "r" / TISSUE / "manifest.json", {})
+
+    def work(*args, **kwargs):
+        assert runs.load(note) == new  # so that it is there after a kill as well
+        if error:
+            raise error
+
+    monkeypatch.setattr(execute, "execute", work)
+    kept = error is None or isinstance(error, KeyboardInterrupt)
+    assert (execute.main(["--run", "r", "-p", "steps", "6"]) in (0, 130)) == kept
+    assert runs.load(note) == (new if kept else old)
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    monkeypatch.setenv("USEGMIX_RUNS", str(path))
+    assert execute.main(["--preset", "smoke"]) == 1
+    said = capsys.readouterr().err
+    assert f"runs are kept in {path}, which has to be a folder" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"), [(["-p", "seed", "-1"], "seed = -1"), (["--run", "a b"], "run = 'a b'")]
+)
+def test_what_all_chapters_share_is_refused_once(run_root, capsys, arguments, wrong):
+    assert execute.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.count(wrong) == said.count("chapter ") == 1
+
+
+def test_only_and_from_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        execute.main(["--only", "05", "--from", "03"])
+    assert "not allowed with argument --only" in capsys.readouterr().err
 
 
 def test_make_leaves_the_preset_to_the_run():
@@ -258,7 +346,7 @@ def test_a_damaged_record_of_a_run_is_named(run_root, capsys):
 
 
 def test_chapters_are_found_by_number_and_name():
-    assert execute.chapter_named("05") == "05_sde_mcg_inpainting"
+    assert execute.chapter_named("05") == execute.chapter_named("5") == "05_sde_mcg_inpainting"
     assert execute.chapter_named("a1") == "A1_training_sam"
     assert execute.chapter_named("notebooks/06_synthesis.ipynb") == "06_synthesis"
 

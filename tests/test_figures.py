@@ -114,6 +114,27 @@ def test_bars_write_their_values():
     assert [patch.get_height() for patch in axis.patches] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("values", [{}, {"a": {}}, {"a": {}, "b": {}}])
+def test_bars_of_nothing_are_an_empty_figure(values):
+    figure = figures.bars(values, ylabel="x")
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == list(values)
+    assert not axis.patches and axis.get_legend() is None
+
+
+def test_shares_of_ranges():
+    values = np.random.default_rng(3).uniform(0, 1, 57).round(1)  # many lie on an edge
+    values = np.concatenate([values, [0, 1, 1, np.nan, 1.2]])
+    edges = np.linspace(0, 1, 6)
+    found = figures.shares({"a": values, "none": []}, edges)
+    assert list(found) == ["0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1"]
+    for share, low, high in zip(found.values(), edges[:-1], edges[1:], strict=True):
+        inside = (values >= low) & ((values < high) | ((high == 1) & (values == 1)))
+        assert share == {"a": pytest.approx(inside.mean()), "none": 0.0}
+    assert figures.bars(found, ylabel="share").axes[0].patches
+
+
 def test_sweeps_mark_the_chosen_bar_and_share_one_axis():
     values = {
         f"setting {i}": {"a": 0.1 * (i + 1), "b": 0.05 * (i + 1)}
@@ -168,6 +189,64 @@ def test_an_outline_is_drawn_on_the_rim_of_a_segment():
     assert (out[square(at=6, side=6)] == 200).all()
 
 
+def test_a_single_mask_may_be_laid_over():
+    image, mask = np.full((20, 20, 3), 200, np.uint8), square()
+    out = figures.overlay(image, mask, alpha=1, outline=False, colours=[figures.GREEN])
+    np.testing.assert_array_equal(
+        out[mask], np.tile(np.rint(255 * np.array(figures.GREEN)), (64, 1))
+    )
+    np.testing.assert_array_equal(
+        out, figures.overlay(image, mask[None], alpha=1, outline=False, colours=[figures.GREEN])
+    )
+
+
+def disc(shape, centre, radius):
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2
+
+
+def test_a_square_holds_most_of_a_mask():
+    """Against all squares, one by one; on a mask of any form."""
+    rng = np.random.default_rng(5)
+    mask = rng.random((17, 23)) < rng.random((17, 23)) ** 3
+    for size in (1, 4, 9):
+        held = {
+            (y, x): mask[y : y + size, x : x + size].sum()
+            for y in range(17 - size + 1)
+            for x in range(23 - size + 1)
+        }
+        rows, columns = figures.most_of(mask, size)
+        assert rows.stop - rows.start == columns.stop - columns.start == size
+        assert held[rows.start, columns.start] == max(held.values())
+
+
+def test_a_square_holds_one_of_two_discs_far_apart():
+    large, small = disc((40, 90), (12, 15), 7), disc((40, 90), (28, 75), 5)
+    window = figures.most_of(large | small, 20)
+    assert large[window].sum() == large.sum() and not small[window].any()
+    for mask in (large, small):
+        window = figures.most_of(mask, 20)
+        assert mask[window].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_a_square_is_centred_on_a_mask_that_fits_unless_the_image_ends(shape):
+    mask = disc(shape, (21, 18), 6)
+    assert figures.most_of(mask, 17) == np.s_[13:30, 10:27]
+    corner = disc(shape, (2, shape[1] - 3), 2)
+    assert figures.most_of(corner, 15) == np.s_[0:15, shape[1] - 15 : shape[1]]
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_a_square_is_cut_to_an_image_that_is_smaller(shape):
+    mask = disc(shape, (shape[0] - 6, shape[1] - 6), 5)
+    assert figures.most_of(mask, 99) == (slice(0, shape[0]), slice(0, shape[1]))
+    assert figures.most_of(np.zeros((40, 60), bool), 16) == np.s_[12:28, 22:38]
+    rows, columns = figures.most_of(mask, 20)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == tuple(np.minimum(20, shape))
+    assert mask[rows, columns].sum() == mask.sum()
+
+
 @pytest.mark.parametrize("at", [0, 30, 52])
 def test_a_closeup_shows_the_surroundings_of_a_segment_and_stays_in_the_image(at):
     image = np.random.default_rng(1).integers(0, 200, (64, 80, 3), np.uint8)
@@ -191,3 +270,14 @@ def test_a_closeup_keeps_in_sight_what_is_asked_for():
     assert (near == 20).any() and (near < 255).sum() > 3 * (far < 255).sum() > 0
     whole = figures.closeup(image, np.ones_like(small))
     assert whole.shape == (180, 180, 3)
+
+
+def test_labelled_names_stand_at_the_nearer_side_in_the_order_of_their_places():
+    image = np.full((30, 40, 3), 200, np.uint8)
+    places = {"low left": (3, 25), "right": (33, 12), "high left": (8, 4)}
+    figure = figures.labelled(image, places)
+    (axis,) = figure.axes
+    assert {text.get_text(): text.xy for text in axis.texts} == places
+    stand = {text.get_text(): text.xyann for text in axis.texts}  # as shares of the picture
+    assert stand["low left"][0] < 0 and stand["high left"][0] < 0 and stand["right"][0] > 1
+    assert 1 > stand["high left"][1] > stand["low left"][1] > 0, "lines do not cross"

@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_results(two_runs, chapter):
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_no_cell_ends_in_an_error_or_warns(first, chapter):
-    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    notebook = nbformat.read(runs.executed(RUN, chapter), as_version=4)
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             assert output.output_type != "error"
@@ -138,7 +138,7 @@ def test_no_cell_ends_in_an_error_or_warns(first, chapter):
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_numbers_for_the_text_are_plain(first, chapter):
     """What is glued is read from its representation, in which NumPy's numbers have a name."""
-    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    notebook = nbformat.read(runs.executed(RUN, chapter), as_version=4)
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "scrapbook" in output.get("metadata", {}):
@@ -148,7 +148,7 @@ def test_numbers_for_the_text_are_plain(first, chapter):
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_every_figure_is_drawn(first, chapter):
-    notebook = nbformat.read(execute.executed(RUN, chapter), as_version=4)
+    notebook = nbformat.read(runs.executed(RUN, chapter), as_version=4)
     for cell in notebook.cells:
         if "figure" in cell.metadata.get("mystnb", {}):
             pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]

@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import numpy as np
@@ -138,6 +139,29 @@ def test_save_and_load_without_recomputation(tmp_path, segments, raw, monkeypatc
     assert set(files) == {"features.npz", "provenance.json", "segments.json"}
 
 
+def test_a_save_that_fails_leaves_the_pool_that_was_there(tmp_path, segments, raw):
+    pooling.build(segments, raw).save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    worse = pooling.build(segments, raw[::-1], provenance={"extractor": object()})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        worse.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    Pool.load(tmp_path)
+
+
+def test_images_without_segments_change_no_types(segments, raw):
+    first = (segments.table["image_id"] != "im4").to_numpy()
+    pool = pooling.build(
+        segments.select(first, image_id=[f"im{i}" for i in (0, 1, 2, 3, 5)]), raw[first]
+    )
+    none = segments.select(np.zeros(len(segments), bool), image_id="im4")
+    none = dataclasses.replace(none, table=none.table.astype(object))  # as of an empty list
+    more = pooling.append(pool, none, raw[:0])
+    assert len(more) == len(pool)
+    pd.testing.assert_series_equal(more.table.dtypes, pool.table.dtypes)
+    assert "im4" in more.images["image_id"].tolist()
+
+
 def test_load_errors(tmp_path, segments, raw):
     with pytest.raises(FileNotFoundError, match="03_pca_pooling"):
         Pool.load(tmp_path)
@@ -264,6 +288,27 @@ def test_agreement_by_chance_is_that_of_any_segment_of_another_image():
     assert found == pytest.approx(expected)
     assert pooling.agreement_by_chance(images, images) == 0  # one image a patient
     assert np.isnan(pooling.agreement_by_chance(labels, ["one"] * 60))
+
+
+def test_agreement_within_groups_exchanges_each_neighbour_for_any_of_its_group():
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 8, 50)
+    patients, grades = images // 2, images % 3
+    features = rng.normal(size=(50, 4)) + 0.8 * grades[:, None]
+    found = pooling.agreement_within(features, patients, grades, images, k=4)
+    shares = []
+    for i in range(50):
+        others = [j for j in range(50) if images[j] != images[i]]
+        near = sorted(others, key=lambda j: np.linalg.norm(features[j] - features[i]))[:4]
+        for j in near:
+            group = [m for m in others if grades[m] == grades[j]]
+            shares.append(np.mean([patients[m] == patients[i] for m in group]))
+    assert found == pytest.approx(np.mean(shares))
+    one = pooling.agreement_within(features, patients, np.zeros(50), images)
+    assert one == pytest.approx(pooling.agreement_by_chance(patients, images))
+    alone = pooling.agreement_within(features, patients, patients, images)
+    assert alone == pytest.approx(pooling.neighbour_agreement(features, patients, images))
+    assert np.isnan(pooling.agreement_within(features, patients, grades, ["one"] * 50))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 19, 40])

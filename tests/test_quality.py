@@ -156,6 +156,19 @@ def test_subsets_without_unrelated_samples_do_not_count(features):
         quality.kid(x, x, origins=(alone, of), classes=(label, label), rng=np.random.default_rng(0))
 
 
+def test_size_of_a_subset_is_what_it_held(features):
+    x, y = features
+    rng = np.random.default_rng(0)
+    assert quality.kid(x, y, subset_size=6, rng=rng).subset_size == 6
+    # At least two of each class, and of those of x no more than there are.
+    in_x = ["a"] * 3 + ["b"] * (len(x) - 3)
+    in_y = ["a"] * (len(y) // 2) + ["b"] * (len(y) - len(y) // 2)
+    found = quality.kid(x, y, subset_size=10, classes=(in_x, in_y), rng=rng)
+    assert found.subset_size == 3 + round(10 * in_y.count("b") / len(y))
+    in_x = ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    assert quality.kid_floor(x[:12], subset_size=3, classes=in_x, rng=rng).subset_size == 6
+
+
 def test_real_samples_are_drawn_in_the_mixture_of_the_others():
     labels, like = ["a"] * 40 + ["b"] * 90 + ["c"] * 7, ["b"] * 3 + ["a"] * 6
     rows = quality.stratified(labels, like, most=1000, rng=np.random.default_rng(0))
@@ -255,6 +268,15 @@ def test_bad_input(features):
         quality.kid(x[:1], y, rng=rng)
     with pytest.raises(ValueError, match="at least 4"):
         quality.kid_floor(x[:3], rng=rng)
+    for few in (1, 2, 3):
+        label = ["a"] * few + ["b"] * (len(x) - few)
+        with pytest.raises(ValueError, match=f"x has {few} samples of class 'a', .* at least 4 of"):
+            quality.kid_floor(x, classes=label, rng=rng)
+    of_x, of_y = [{"a"}] * len(x), [{"b"}] * len(y)
+    with pytest.raises(ValueError, match="origins of"):
+        quality.kid(x, y, origins=(of_x, of_y[1:]), rng=rng)
+    with pytest.raises(ValueError, match="classes of"):
+        quality.kid_floor(x, classes=["a"] * (len(x) + 1), rng=rng)
     with pytest.raises(ValueError, match="not finite"):
         quality.kid(np.full((4, 7), np.nan), y, rng=rng)
     mask = _disc()

@@ -332,6 +332,9 @@ def test_compose_errors():
     for bad in ({"area_range": (0.5, 0.2)}, {"method": "tps"}, {"stain": "best"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             rep.compose(images["im0"], "im0", pool, Sampler(pool), images.get, **make, **bad)
+    other = images["im0"][:-3]
+    with pytest.raises(ValueError, match=f"'im0' is {len(other)} x .* segments in the pool"):
+        rep.compose(other, "im0", pool, Sampler(pool), images.get, **make)
 
 
 def test_glass_is_pasted_without_stain_matching():

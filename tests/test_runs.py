@@ -84,22 +84,6 @@ def test_paths_are_refused_in_results(tmp_path):
         runs.dump(tmp_path / "x.json", {"a": tmp_path})
 
 
-def test_writing_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError, match="stop"), runs.replacing(path) as tmp:
-        tmp.write_text("half")
-        raise RuntimeError("stop")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_writing_keeps_the_suffix(tmp_path):
-    with runs.replacing(tmp_path / "a.npz") as tmp:
-        np.savez(tmp, a=1)
-    assert np.load(tmp_path / "a.npz")["a"] == 1
-
-
 # --- a chapter
 
 
@@ -220,6 +204,24 @@ def test_tables_keep_classes_that_look_like_numbers_or_like_nothing(tmp_path):
     assert table["area"].isna().tolist() == [False, True, False, False]
 
 
+def test_tables_keep_ids_that_are_all_digits(tmp_path):
+    """Of files called ``007.png``: as numbers they would match no image of the run."""
+    names = ("image_id", "patient", "site", "split", "dataset", "synthetic_id", "target", "sources")
+    written = pd.DataFrame({name: ["007", "12"] for name in names} | {"n": [3, 4]})
+    written.to_csv(tmp_path / "t.csv", index=False)
+    table = runs.read_table(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(table, written)
+    assert table["image_id"].isin(["007"]).sum() == 1
+
+
+def test_what_a_run_says_of_its_chapters(run_root):
+    assert runs.executed("r", FIRST) == run_root / "r" / "notebooks" / f"{FIRST}.ipynb"
+    assert runs.timings("r") == {}
+    times = {FIRST: {"seconds": 1.5, "peak_memory_gb": 0.3}}
+    runs.dump(run_root / "r" / "timings.json", times)
+    assert runs.timings("r") == times
+
+
 def test_images_instances_and_records(run_root, source):
     image = finish_tissue()
     stage = runs.begin(FIRST, params(FIRST))
@@ -281,16 +283,37 @@ def test_what_was_damaged_or_lost_is_found(run_root, source):
     assert runs.up_to_date("r", TISSUE, params(TISSUE)) == (False, "damaged or missing: images.csv")
 
 
-def test_a_checkpoint_given_by_path_is_part_of_the_data(tmp_path):
+def test_a_checkpoint_trained_anew_in_place_is_found(run_root, source, tmp_path):
+    """By the chapter that names it, and by a later one that reads the name from that chapter."""
     file = tmp_path / "w.safetensors"
-    given = SimpleNamespace(sam_checkpoint=str(file), data_root=None)
-    assert runs._data(given) is None and runs._data(SimpleNamespace(sam_checkpoint="small")) is None
-    found = set()
-    for content in (b"1", b"22"):
-        file.write_bytes(content)
-        found.add(runs._data(given))
-    assert len(found) == 2 and None not in found
-    assert runs._data(SimpleNamespace(extractor_path="hf-hub:owner/model")) is None
+    given = {"sam_checkpoint": str(file)}
+    write_notebook(source, SECOND, "from helpers import other")
+
+    def state():
+        first = runs.up_to_date("r", FIRST, params(FIRST, **given))
+        return first, runs.up_to_date("r", SECOND, params(SECOND))
+
+    file.write_bytes(b"1")
+    finish_tissue()
+    runs.begin(FIRST, params(FIRST, **given)).finish({})
+    stage = runs.begin(SECOND, params(SECOND))
+    assert stage.parameters(FIRST).sam_checkpoint == str(file)
+    stage.finish({})
+    assert state() == ((True, "up to date"),) * 2
+    file.write_bytes(b"22")
+    assert state() == ((False, f"input changed: {file}"),) * 2
+    file.write_bytes(b"1")
+    assert state() == ((True, "up to date"),) * 2
+    file.unlink()
+    assert state() == ((False, f"input changed: {file}"),) * 2
+
+
+@pytest.mark.parametrize("name", ["small", "hf-hub:owner/model"])
+def test_checkpoints_by_name_are_no_files(run_root, source, name):
+    finish_tissue()
+    stage = runs.begin(FIRST, params(FIRST, sam_checkpoint=name))
+    stage.finish({})
+    assert json.loads(stage.path("manifest.json").read_text())["inputs"] == {}
 
 
 def test_closure_follows_imports_inside_functions(source):
@@ -301,6 +324,18 @@ def test_closure_follows_imports_inside_functions(source):
 def test_weights_are_those_that_the_code_names(source):
     assert set(runs.weights(FIRST)) == {"tiny_net.safetensors"}
     assert runs.weights(TISSUE) == {}
+
+
+def test_weights_of_the_chapters_of_the_book():
+    """By the name of their file: ``unet`` alone is a word of many helpers."""
+    small, pair = {"sam_small.safetensors"}, {"autoencoder.safetensors", "unet.safetensors"}
+    expected = {
+        "00_tissue": set(), "01_superpixel_prompting": small, "02_anchor_clustering": small,
+        "03_pca_pooling": set(), "04_probabilistic_replacement": set(),
+        "05_sde_mcg_inpainting": pair, "06_synthesis": pair, "07_classifier_evaluation": set(),
+        "A1_training_sam": small, "A2_training_latent_diffusion": pair,
+    }  # fmt: skip
+    assert {chapter: set(runs.weights(chapter)) for chapter in config.CHAPTERS} == expected
 
 
 def test_what_has_changed_is_found(run_root, source):
@@ -336,6 +371,8 @@ def test_a_change_in_the_data_folder_is_found(run_root, source, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     finish_tissue(data_root=str(data))
+    assert runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))[0]
+    (data / ".DS_Store").write_bytes(b"x")
     assert runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))[0]
     (data / "new.png").write_bytes(b"x")
     changed = runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))

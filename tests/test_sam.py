@@ -305,6 +305,12 @@ def test_other_input_size(small):
     assert propose(sam, embed(sam, image), np.array([[3, 3]])).padded.shape == (1, 64, 64)
 
 
+def test_the_input_size_of_an_official_model_is_refused_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr(sam, "download", lambda *_, **__: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match="image_size = 512: official checkpoints"):
+        load_sam("vit_h", image_size=512)
+
+
 @pytest.mark.parametrize(
     ("points", "message"),
     [

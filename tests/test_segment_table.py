@@ -84,6 +84,17 @@ def test_coco_without_the_mark_is_measured_like_our_own(tmp_path, segments):
     pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
 
 
+def test_compact_segments_are_of_middling_size_and_without_bays():
+    y, x = np.indices((80, 110))
+    disc = np.hypot(y - 40, x - 50) < 15  # 8 % of the image
+    assert segment_table.is_compact(disc)
+    assert not segment_table.is_compact(np.hypot(y - 40, x - 50) < 4)
+    assert not segment_table.is_compact(np.hypot(y - 40, x - 50) < 30)
+    assert segment_table.is_compact(np.hypot(y - 40, x - 50) < 30, areas=(0.3, 0.4))
+    assert not segment_table.is_compact(disc & ~((abs(y - 40) < 5) & (x > 45)))  # a bay
+    assert not segment_table.is_compact(np.zeros_like(disc))
+
+
 def test_collect_takes_scores_superpixels_and_border_of_an_object():
     given = SimpleNamespace(
         masks=masks(1)["im0"], scores=np.array([0.1, 0.2, 0.3, 0.4]),
@@ -220,6 +231,21 @@ def test_masks_that_do_not_fit_their_image_are_refused(tmp_path, segmentation, m
     (tmp_path / "c.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=message):
         load_coco(tmp_path / "c.json")
+
+
+def test_nulls_of_another_tool_are_absent_values(tmp_path):
+    document = {
+        "info": None,
+        "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
+        "categories": [{"id": 1, "name": "gland"}],
+        "annotations": [
+            {"id": 7, "image_id": 1, "category_id": 1, "score": None,
+             "segmentation": [[2, 3, 12, 3, 12, 13]]},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(document))
+    assert load_coco(path).table["score"].tolist() == [1.0]
 
 
 def test_polygons_of_two_points_are_left_out(tmp_path):

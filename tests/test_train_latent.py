@@ -42,9 +42,6 @@ def images():
     return np.stack([scene(i, size=64) for i in range(6)])
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -121,6 +118,20 @@ def test_held_out_times_are_spread_over_the_schedule_and_go_with_no_image(n):
     if n == 48:
         assert abs(np.corrcoef(np.arange(n), t)[0, 1]) < 0.2
         assert abs(float(t[5::6].float().mean()) - 500) < 100  # those of the IHC images
+
+
+def test_the_latest_time_that_can_be_drawn_is_the_last_of_the_schedule(pair, monkeypatch):
+    """In single precision n - 1 and the largest number below 1 make n."""
+    rand, seen = torch.rand, []
+    monkeypatch.setattr(torch, "rand", lambda *n, **_: torch.full(n, 1 - 2**-24))
+
+    def loss(network, z, alphas, *, t, **_):
+        seen.append(t)
+        return rand(len(z))
+
+    monkeypatch.setattr(train_latent, "dsm_loss", loss)
+    UNetTrainer(replace(UNET, batch=8), pair, torch.zeros(2, 4, 16, 16)).loss()
+    assert len(seen[0]) == 8 and int(seen[0].max()) == 999
 
 
 def test_held_out_loss_is_that_of_times_spread_evenly(pair, monkeypatch):
@@ -383,6 +394,40 @@ def test_noise_network_sees_scenes_as_often_as_what_they_show_says(
     times = np.tile(drawing_weights(6, seed=3), 2)
     assert times.tolist() != np.tile(drawing_weights(6, seed=0), 2).tolist()
     assert torch.equal(seen[0], torch.cat([z[[i] * k] for i, k in enumerate(times)]))
+
+
+def test_latents_are_kept_for_the_same_pictures_and_made_anew_if_damaged(pair, images, tmp_path):
+    path, calls = tmp_path / "latents.pt", []
+
+    def latents(scenes):
+        return train_latent._cached_latents(
+            path, tmp_path / "autoencoder.safetensors", pair, Scenes(scenes), UNET, calls.append
+        )
+
+    z = latents(images)
+    assert torch.equal(latents(images), z) and len(calls) == UNET.views
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no latents"):
+        path.write_bytes(damaged)
+        assert torch.equal(latents(images), z) and path.read_bytes() == whole
+    torch.save([1], path)
+    assert torch.equal(latents(images), z)
+    calls.clear()
+    other = images.copy()
+    other[2] = 255 - other[2]  # neither the first nor the last
+    assert not torch.equal(latents(other), z) and calls
+    assert not [file for file in tmp_path.iterdir() if "tmp" in file.name]
+
+
+def test_the_first_stage_encodes_on_the_device_asked_for(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_latent, "torch_device", lambda name: f"asked-for-{name}")
+    monkeypatch.setattr(train_latent.LatentDiffusion, "to", lambda self, where: seen.append(where))
+    monkeypatch.setattr(train_latent, "encode_scenes", mock.Mock())
+    monkeypatch.setattr(train_latent, "_cached_latents", lambda *_: torch.zeros(12, 4, 16, 16))
+    monkeypatch.setattr(train_latent, "UNetTrainer", mock.Mock())
+    main(["unet", *small, "--device", "cpu"])
+    assert seen == ["asked-for-cpu"]
 
 
 def test_command_line_refuses_scenes_and_checkpoints_of_other_settings(small, images, tmp_path):

@@ -109,7 +109,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(stopped, tmp_path):
     assert again.step == whole.step == 6 and again.offset == 0.5
     for key, value in whole.average.items():
         assert torch.equal(again.average[key], value)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
 
 def test_the_curve_holds_means_and_scores(tmp_path):
@@ -140,6 +140,18 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoilt():
     with pytest.raises(FloatingPointError, match="the line loss is nan at step 1: lower"):
         trainer.advance()
     assert torch.equal(trainer.model.weight, before) and trainer.step == 1
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_spoilt():
+    trainer = Line()
+    trainer.advance()
+    before = trainer.model.weight.detach().clone(), trainer.average["weight"].clone()
+    trainer.loss = lambda: {"loss": (0 * trainer.model(torch.ones(1, 2))).sqrt().sum()}  # of 0
+    with pytest.raises(FloatingPointError, match="the line gradient is nan at step 1"):
+        trainer.advance()
+    for now, then in zip((trainer.model.weight, trainer.average["weight"]), before, strict=True):
+        assert torch.equal(now, then)
+    assert trainer.step == 1
 
 
 def test_resume_says_what_is_wrong(tmp_path):

@@ -41,7 +41,7 @@ def fast(model, image, points: np.ndarray, dtype: torch.dtype | None):
     """Anchors of one view and the proposals behind them."""
     embedding = sam.embed(model, image, dtype=dtype)
     proposals = sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype)
-    return anchors.choose_anchors(proposals, len(points))[0], proposals
+    return anchors.choose_anchors(proposals, len(points)), proposals
 
 
 def bare(model, image, n_points: int, batch: int, dtype: torch.dtype | None) -> float:
@@ -112,7 +112,7 @@ def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
     def rounds():
         embedding = sam.embed(model, image, dtype=dtype)
         proposals, asked = anchors.ask_in_rounds(model, embedding, points, how={"dtype": dtype})
-        return anchors.choose_anchors(proposals, n, asked=asked)[0], asked
+        return anchors.choose_anchors(proposals, n), asked
 
     quick, (index, proposals) = clock(lambda: fast(model, image, points, dtype))
     early, (stopped, asked) = clock(rounds)

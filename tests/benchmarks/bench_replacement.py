@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import augment, config, execute, features, quality, runs
+from helpers import config, execute, features, quality, runs, synthesis
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
 from helpers.replacement import Composite, Sampler, effective_sources, paste, shown_in
@@ -102,7 +102,7 @@ def composed(
     """`n` composites a class with a change of the settings of chapter 04, and their sampler."""
     options = settings() | change
     sampler = Sampler(pool, cut_sources=options.pop("cut_sources"))
-    pieces = augment.compose_all(
+    pieces = synthesis.compose_all(
         pool, sampler, image, n_per_class=n, labels=classes,
         rng_of=lambda label, k: np.random.default_rng([zlib.crc32(label.encode()), k]),
         **options,
@@ -138,7 +138,7 @@ def replaced(
             "before": distance(before, made),
             "replaced": distance(after, made),
             "overlap": np.mean([r["iou"] for c in made for r in c.replacements]),
-            "colours": np.nanmean([foreign(c, pool) for c in made]),
+            "colours": np.nanmedian([foreign(c, pool) for c in made]),
             "images": len(made),
             "sources": effective_sources(sampler.counts),
             "crops": len(after),
