@@ -647,6 +647,8 @@ def _explain(model: type[Common], problem: Mapping[str, Any]) -> str:
     value = problem["input"]
     if problem["type"] == "float_type" and isinstance(value, str):
         reason += "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3"
+    if problem["type"] == "tuple_type":
+        reason = f"should be a list, e.g. [{value}]"
     return f"{label} = {value!r}: {reason} ({meaning})"
 
 

@@ -31,8 +31,7 @@ def superpixels(
     image : (H, W, 3) uint8 ndarray
     n_segments : int
         Number asked, N_s = 30 in the paper. The number returned differs a little: SLIC starts from
-        a regular grid and merges what gets too small. SLIC is asked a second time with a corrected
-        number, and the result nearer to `n_segments` is kept.
+        a regular grid and merges what gets too small.
     compactness : float
         Weight of spatial distance against colour distance. scikit-image's default of 10 lets
         colour decide: on stained tissue the superpixels then follow single nuclei, fall to

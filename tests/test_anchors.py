@@ -64,6 +64,15 @@ def test_identity_vector_by_hand():
     np.testing.assert_allclose(identity_vectors(mask, (6, 8)), [[5.5, 1.5, np.sqrt(8)]])
 
 
+def test_identity_vectors_are_in_pixels_of_the_image():
+    """One cell of 4 x 6 over 40 x 90 pixels: rows 10 .. 19, columns 30 .. 44."""
+    masks = np.zeros((2, 4, 6), bool)
+    masks[0, 1, 2] = masks[1].flat[:] = True
+    np.testing.assert_allclose(
+        identity_vectors(masks, (40, 90)), [[37, 14.5, np.sqrt(150)], [44.5, 19.5, 60]]
+    )
+
+
 @pytest.mark.parametrize("size", [(120, 180), (64, 64), (200, 90)])
 def test_low_resolution_vectors_are_those_of_the_image(size):
     full = np.stack([_disc(size, (40, 30), 20), _disc(size, (60, 50), 11)])
@@ -108,6 +117,19 @@ def test_clusters_at_the_extremes():
     assert cluster(vectors[:1], distance_threshold=1.0).tolist() == [0]
 
 
+def test_clusters_are_relative_to_the_side():
+    """64 x 256 pixels have a side of 128; the two groups lie 20 pixels apart.
+
+    As two clusters, the three that differ win, and their medoid; as one, the two that are equal.
+    """
+    logits = torch.full((6, 64, 64), -1.0)  # the last mask is empty
+    for i, (row, column) in enumerate([(3, 10), (4, 10), (5, 10), (4, 15), (4, 15)]):
+        logits[i, row : row + 6, column : column + 6] = 1
+    proposals = Proposals(logits, np.full(6, 0.5, np.float32), (64, 256), (64, 256), 256)
+    assert choose_anchors(proposals, 1, distance_threshold=0.1).tolist() == [1]
+    assert choose_anchors(proposals, 1, distance_threshold=0.2).tolist() == [3]
+
+
 def test_clusters_do_not_depend_on_the_order():
     rng = np.random.default_rng(2)
     vectors, order = rng.uniform(0, 50, (20, 3)), rng.permutation(20)
@@ -147,6 +169,16 @@ def test_ties_between_clusters_go_to_the_predicted_iou():
 def test_ties_within_a_cluster_go_to_the_medoid():
     masks = np.stack([_disc((40, 40), (20, 20), r) for r in (4, 8, 12)])
     assert anchor_index(iou_matrix(masks), np.ones(3), np.zeros(3, int)) == 1
+
+
+def test_near_duplicates_count_from_the_very_overlap_and_before_the_medoid():
+    overlap = np.full((5, 5), 0.3)
+    overlap[2], overlap[:, 2] = 0.85, 0.85  # the medoid is no near-duplicate of any
+    overlap[0, 1] = overlap[1, 0] = 0.9
+    np.fill_diagonal(overlap, 1.0)
+    given = overlap, np.full(5, 0.8), np.zeros(5, int)
+    assert anchor_index(*given, iou_duplicate=0.9) == 0
+    assert anchor_index(*given, iou_duplicate=0.91) == 2
 
 
 def test_bad_anchor():
@@ -289,6 +321,19 @@ def test_a_large_cluster_without_frequent_mask_does_not_settle():
     overlap, labels, ones = iou_matrix(masks), np.zeros(8, int), np.ones(8)
     assert not settled(overlap, ones, labels, 7)
     assert not settled(overlap, ones, labels, 1)
+
+
+def test_masks_half_alike_may_gather_around_one_to_come():
+    """IoU of 0.85 with each other is no near-duplicate, but one mask may be that of all three."""
+    overlap = np.full((7, 7), 0.7)
+    overlap[:4, :4] = 1.0
+    overlap[4:, 4:] = 0.85
+    np.fill_diagonal(overlap, 1.0)
+    given = overlap, np.full(7, 0.9), np.zeros(7, int)
+    assert not settled(*given, remaining=1)
+    overlap[4:, 4:] = np.where(np.eye(3), 1.0, 0.75)
+    assert settled(*given, remaining=1)
+    assert settled(*given, remaining=2) and not settled(*given, remaining=3)
 
 
 @pytest.mark.parametrize("seed", range(20))

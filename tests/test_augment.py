@@ -38,6 +38,23 @@ def test_traditional_flips_both_ways_and_changes_hue_but_not_the_tissue():
     assert np.std(hues) > 0.02
 
 
+def test_traditional_adds_noise_to_a_third_and_blurs_a_third_by_at_most_two_pixels():
+    """Noise seen in a plain image, of a blur the steepest step of an edge (image side 512)."""
+    edge = torch.zeros(3, 16, 64, dtype=torch.uint8)
+    edge[:, :, 32:] = 255
+    plain = torch.full((3, 40, 28), 120, dtype=torch.uint8)
+    transform = augment.traditional(512)
+    torch.manual_seed(0)
+    noise = np.sort([float(transform(plain)[0].std()) for _ in range(60)])
+    assert noise[30] < 1e-4 and 0.018 < noise[-10] <= noise[-1] < 0.022
+    steps = []
+    for _ in range(60):
+        out = transform(edge).mean((0, 1))
+        steps.append(float(out.diff().abs().max() / (out[-8:].mean() - out[:8].mean()).abs()))
+    steps = np.sort(steps)
+    assert 0.22 < steps[0] and steps[5] < 0.7 and steps[30] > 0.95
+
+
 def test_cutout_erases_its_share_and_nothing_else():
     image = torch.rand(3, 40, 40) + 0.1
     torch.manual_seed(1)
@@ -60,6 +77,40 @@ def test_labels_are_mixed_as_the_pixels_are(mix):
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     expected = soft @ (torch.arange(4) / 3.0)
     torch.testing.assert_close(mixed.mean((1, 2, 3)), expected, atol=1e-5, rtol=0)
+
+
+def test_cutmix_exchanges_a_rectangle_and_mixup_blends():
+    labels = torch.tensor([0, 1, 2, 3])
+    images = (labels / 3.0).view(-1, 1, 1, 1).expand(4, 3, 30, 20).clone()
+    torch.manual_seed(0)
+    cut = augment.cutmix(4)(images, labels)[0]
+    assert all(len(one.unique()) == 2 for one in cut)
+    assert torch.isin(cut, images.unique()).all()  # no new grey
+    rows, columns = torch.where(cut[0, 0] != images[0, 0])
+    box = cut[0, 0, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert box.numel() < 600 and len(box.unique()) == 1  # one whole rectangle of another image
+    torch.manual_seed(0)
+    mixed = augment.mixup(4)(images, labels)[0]
+    assert all(len(one.unique()) == 1 for one in mixed)  # every pixel alike
+
+
+@pytest.mark.parametrize(("mix", "default"), [(augment.mixup, 0.4), (augment.cutmix, 1.0)])
+def test_shares_of_mixtures_are_those_of_their_beta_distribution(mix, default):
+    """CutMix, literally: a box of the share's area around a random pixel, cut at the border."""
+    rng, side = np.random.default_rng(0), 64
+    images, labels = torch.zeros(2, 3, side, side), torch.tensor([0, 1])
+    for given in (None, 3.0):
+        share = rng.beta(*[given or default] * 2, 20_000)
+        if mix is augment.cutmix:
+            half = side * np.sqrt(1 - share) / 2
+            centre = rng.integers(0, side, (2, len(share)))
+            low, high = (centre - half).clip(0), (centre + half).clip(None, side)
+            share = 1 - np.prod(high - low, axis=0) / side**2
+        transform = mix(2) if given is None else mix(2, alpha=given)
+        torch.manual_seed(0)
+        found = torch.stack([transform(images, labels)[1][0, 0] for _ in range(1500)]).numpy()
+        at = [0.1, 0.25, 0.5, 0.75, 0.9]
+        np.testing.assert_allclose(np.quantile(found, at), np.quantile(share, at), atol=0.05)
 
 
 def test_bad_input():

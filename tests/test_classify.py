@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
 from helpers import augment, classify
 from helpers.weights import write_weights
@@ -73,6 +75,63 @@ def test_rates_are_those_of_the_paper(data, monkeypatch, restart, epochs):
     np.testing.assert_allclose([e["rate"] for e in done.curve], expected[2::3], rtol=1e-9)
 
 
+def test_training_is_adam_along_the_schedule_on_scaled_images(data):
+    """Written out, on the batches that were seen."""
+    seen = []
+
+    def watch(x, y):
+        seen.append((x.clone(), y.clone()))
+        return x, y
+
+    classifier, plain = tiny(), Tiny()
+    plain.load_state_dict(classifier.network.state_dict())
+    fit(classifier, data, batch_transform=watch, epochs=2, batch_size=5)
+    assert len(seen) == 2 * 3  # 12 images, 5 a batch
+    optimiser = torch.optim.Adam(plain.parameters(), betas=(0.9, 0.999), eps=1e-8)
+    for step, (x, y) in enumerate(seen):
+        for image, label in zip(x, y, strict=True):  # one of the images, in [0, 1], with its label
+            same = (data[0] == np.rint(255 * image.permute(1, 2, 0).numpy())).all((1, 2, 3))
+            assert data[1][same].tolist() == [int(label)]
+        optimiser.param_groups[0]["lr"] = 1e-4 + (0.05 - 1e-4) * (1 + np.cos(np.pi * step / 6)) / 2
+        optimiser.zero_grad()
+        functional.cross_entropy(plain((x - 0.5) / 0.5), y).backward()
+        optimiser.step()
+    # The bias before the batch normalisation has no gradient but rounding.
+    for key in ("body.0.weight", "classifier.weight", "classifier.bias"):
+        found, expected = classifier.network.state_dict()[key], plain.state_dict()[key]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_every_pass_over_the_images_has_an_order_of_its_own(data):
+    def order(seed):
+        seen = []
+
+        def watch(image):
+            same = (data[0] == image.permute(1, 2, 0).numpy()).all((1, 2, 3))
+            seen.append(int(np.flatnonzero(same)[0]))
+            return image
+
+        fit(tiny(), data, transform=watch, epochs=3, seed=seed)
+        return np.reshape(seen, (3, 12))
+
+    one, other = order(0), order(1)
+    for passes in (one, other):
+        np.testing.assert_array_equal(np.sort(passes), np.tile(np.arange(12), (3, 1)))
+        assert len({tuple(each) for each in passes.tolist()}) == 3
+    assert (one != other).any()
+
+
+def test_every_epoch_draws_its_own_augmentation(data):
+    drawn = []
+
+    def noisy(image):
+        drawn.append(float(torch.rand(())))
+        return image
+
+    fit(tiny(), data, transform=noisy, epochs=3)
+    assert len(set(drawn)) == len(drawn) == 36
+
+
 def test_paper_rates():
     assert classify.learning_rates("resnet50") == (1e-3, 1e-5)
     assert classify.learning_rates("ctranspath") == (2e-5, 2e-8)
@@ -88,6 +147,15 @@ def test_networks_have_the_shape_asked_for(name):
     classifier = classify.build_classifier(name, 3, weights="random")
     with torch.inference_mode():
         assert classifier(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["lite0", "resnet50"])
+def test_a_classifier_normalises_with_the_statistics_of_its_network(name):
+    trained = timm.get_pretrained_cfg("tf_efficientnet_lite0" if name == "lite0" else name)
+    mean, std = (torch.tensor(each)[:, None, None] for each in (trained.mean, trained.std))
+    x = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    found = classify.Classifier(name, nn.Identity(), 2)(x)
+    torch.testing.assert_close(found, (x - mean) / std)
 
 
 def test_lite0_starts_from_its_package_and_the_head_from_the_generator():
@@ -153,6 +221,27 @@ def test_best_epoch_is_the_one_that_is_kept(data):
     assert kept == pytest.approx(max(accuracy))
 
 
+def test_best_is_the_highest_accuracy_then_the_lowest_loss_then_the_latest(data, monkeypatch):
+    scores = [(0.5, 0.2), (0.75, 0.9), (0.75, 0.7), (0.75, 0.7), (0.75, 0.8), (0.6, 0.1)]
+    left = iter({"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in scores)
+    monkeypatch.setattr(classify, "_validate", lambda *_: next(left))
+    monkeypatch.setattr(classify, "RESTART", 3)  # the same rates in four epochs as in six
+    one, four = tiny(), tiny()
+    training = fit(one, data, val_images=data[0], val_labels=data[1], epochs=6)
+    assert training.best_epoch == 4 and next(left, None) is None
+    fit(four, data, epochs=4)  # without validation: the state after the fourth
+    assert torch.equal(weights(one), weights(four))
+
+
+def test_validation_is_that_of_the_predictions(data):
+    classifier, labels = tiny(), np.array([0, 1, 1, 0, 0, 1, 0])  # some of them wrong
+    training = fit(classifier, data, val_images=data[0][:7], val_labels=labels, epochs=1)
+    p = torch.from_numpy(classify.predict(classifier, data[0][:7]))
+    loss = functional.nll_loss(p.log(), torch.from_numpy(labels))
+    assert training.curve[0]["val_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert training.curve[0]["val_accuracy"] == (p.argmax(1).numpy() == labels).mean()
+
+
 def test_resumed_training_equals_the_uninterrupted_one(tmp_path, data):
     whole = tiny()
     fit(whole, data, transform=augment.traditional(32))
@@ -183,6 +272,13 @@ def test_mixed_labels_are_trained_on(data):
     assert all(np.isfinite(r["loss"]) for r in training.curve)
 
 
+def test_the_labels_of_the_batch_transform_are_those_learnt(data):
+    classifier = tiny()
+    fit(classifier, data, epochs=10,
+        batch_transform=lambda x, y: (x, functional.one_hot(1 - y, 2).float()))  # fmt: skip
+    assert (classify.predict(classifier, data[0]).argmax(1) == 1 - data[1]).mean() > 0.9
+
+
 def test_prediction_does_not_depend_on_the_batch(data):
     classifier = tiny()
     np.testing.assert_allclose(
@@ -197,6 +293,12 @@ def test_resize_only_where_needed(data):
     np.testing.assert_array_equal(classify.resize(images, 32), images)
     assert classify.resize(images, 16).shape == (12, 16, 16, 3)
     assert classify.resize([], 16).shape == (0, 16, 16, 3)
+
+
+def test_shrunk_images_are_averaged():
+    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    mean = image.reshape(15, 4, 15, 4, 3).mean((1, 3))
+    assert np.abs(classify.resize([image], 15)[0] - mean).max() <= 0.51
 
 
 # --- bad input ------------------------------------------------------------------------------------

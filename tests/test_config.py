@@ -130,6 +130,8 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
 def test_a_wrong_list_item_is_named_by_its_place():
     with pytest.raises(ValueError, match=r"n_per_class\[1\] = True"):
         config.build("06_synthesis", {"n_per_class": [1, True]})
+    with pytest.raises(ValueError, match=r"n_per_class = 4: should be a list, e.g. \[4\]"):
+        config.build("06_synthesis", {"n_per_class": 4})
 
 
 def test_an_unknown_chapter_is_refused_with_the_nearest():
@@ -149,6 +151,16 @@ def test_every_name_belongs_to_one_chapter():
 def test_checkpoints_with_a_name_are_those_that_can_be_loaded():
     assert config.CHECKPOINTS["sam_checkpoint"] == ("small", *sam.OFFICIAL)
     assert all(name in config.known() for name in config.CHECKPOINTS)
+
+
+def test_checkpoints_of_a_hub_or_of_a_name_are_no_paths():
+    def of(**given):
+        return config.checkpoint_paths(types.SimpleNamespace(**given))
+
+    assert of(sam_checkpoint="small", extractor_path="hf-hub:owner/model") == {}
+    assert of(extractor_path=None, latent_checkpoint="a/b.ckpt") == {
+        "latent_checkpoint": "a/b.ckpt"
+    }
 
 
 def test_classifiers_are_those_that_can_be_built():
@@ -182,6 +194,28 @@ def test_options_are_arguments_of_the_functions_they_are_for():
     assert painting.options.keys() <= keywords(diffusion.inpaint) | passed_on
 
 
+def test_options_carry_each_parameter_to_its_argument():
+    chapter = "04_probabilistic_replacement"
+    values = defaults(chapter) | {
+        "scale_min": 0.7, "scale_max": 1.4, "stretch_max": 1.3, "fit_min": 0.21, "fit_tries": 4,
+        "seam_out": 6, "seam_in": 2, "band": 5, "feather": 1.5, "area_min": 0.31, "area_max": 0.93,
+        "placement": "boxes", "stain": "macenko", "gap": "context",
+        "exclude_own_image": False, "exclude_own_patient": True, "cut_sources": "refuse",
+    }  # fmt: skip
+    params = config.build(chapter, values)
+    assert params.options == {
+        "scale_limits": (0.7, 1.4), "stretch_limit": 1.3, "area_range": (0.31, 0.93),
+        "method": "boxes", "stain": "macenko", "band": 5, "min_fit": 0.21, "tries": 4,
+        "gap": "context", "seam": (6, 2), "feather": 1.5,
+    }  # fmt: skip
+    assert params.rules == {
+        "exclude_own_image": False, "exclude_own_patient": True, "cut_sources": "refuse",
+    }  # fmt: skip
+    chapter = "05_sde_mcg_inpainting"
+    params = config.build(chapter, defaults(chapter))
+    assert all(value == getattr(params, name) for name, value in params.options.items())
+
+
 @pytest.mark.parametrize("chapter", config.CHAPTERS)
 def test_every_parameter_says_what_it_is(chapter):
     fields = config.CHAPTERS[chapter].model_fields
@@ -204,6 +238,14 @@ def test_auto_is_a_device_that_is_there():
     assert str(config.torch_dtype("bfloat16")) == "torch.bfloat16"
 
 
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_follows_the_gpu(there, device, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert config.torch_device("auto") == device
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     import torch
 
@@ -219,3 +261,39 @@ def test_what_is_blended_lies_in_the_band():
     assert config.build("04_probabilistic_replacement", values | {"feather": widest})
     with pytest.raises(ValueError, match=r"feather=1\.1 changes 3\.3 pixels on either side, more"):
         config.build("04_probabilistic_replacement", values | {"feather": 1.1 * widest})
+
+
+@pytest.mark.parametrize(
+    ("chapter", "change", "message"),
+    [
+        ("04_probabilistic_replacement", {"scale_min": 1.2, "scale_max": 1.1},
+         r"scale_min=1\.2 is above scale_max=1\.1: lower scale_min or raise scale_max"),
+        ("04_probabilistic_replacement", {"area_min": 0.5, "area_max": 0.4},
+         "area_min=0.5 is above"),
+        ("04_probabilistic_replacement", {"scale_max": float("inf")},
+         "scale_max = inf: should be a finite"),
+        ("05_sde_mcg_inpainting", {"eta": 0.5, "solver": "dpm++"}, "belongs to solver='ddim'"),
+        ("05_sde_mcg_inpainting", {"eta": None, "method": "repaint", "solver": "dpm++"},
+         "jumps back"),
+        ("06_synthesis", {"synthesis_steps": 301, "synthesis_strength": 0.3},
+         "synthesis_steps=301 are more than the 300 noise levels"),
+        ("07_classifier_evaluation", {"conditions": ["ours", "real"]}, "give 'real' first"),
+        ("07_classifier_evaluation", {"conditions": ["real", "ours", "ours"]},
+         "each condition once"),
+    ],
+)  # fmt: skip
+def test_parameters_that_do_not_go_together_are_refused(chapter, change, message):
+    values = defaults(chapter)
+    config.build(chapter, values)
+    with pytest.raises(ValueError, match=message):
+        config.build(chapter, values | change)
+
+
+def test_bounds_that_meet_are_allowed():
+    values = defaults("04_probabilistic_replacement")
+    config.build(
+        "04_probabilistic_replacement",
+        values | {"scale_min": 1.0, "scale_max": 1.0, "area_min": 0.4, "area_max": 0.4},
+    )
+    values = defaults("06_synthesis")
+    config.build("06_synthesis", values | {"synthesis_steps": 300, "synthesis_strength": 0.3})

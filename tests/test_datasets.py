@@ -387,6 +387,18 @@ def test_images_are_scaled_to_the_short_side_and_cut_at_the_centre(tmp_path):
     assert (data.image(data.records["image_id"][0]) == 200).all()
 
 
+def test_label_maps_are_read_at_the_centres_of_the_pixels(tmp_path):
+    """96 x 60 pixels cut to columns 18 .. 77 and shrunk threefold: the middle of every three."""
+    rows, columns = np.mgrid[:60, :96]
+    for name, values, axis in (("x", columns, 18), ("y", rows, 0)):
+        Image.fromarray(np.zeros((60, 96, 3), np.uint8)).save(tmp_path / "image.png")
+        Image.fromarray((values + 1).astype(np.uint16)).save(tmp_path / f"{name}.png")
+        found = datasets._read_labels(tmp_path / f"{name}.png", tmp_path / "image.png", 20)
+        line = axis + 3 * np.arange(20) + 2
+        expected = np.tile(line, (20, 1)) if name == "x" else np.tile(line[:, None], (1, 20))
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_subset_takes_many_patients_and_says_when_it_falls_short(tmp_path):
     rows = []
     for i in range(12):
@@ -397,6 +409,18 @@ def test_a_subset_takes_many_patients_and_says_when_it_falls_short(tmp_path):
     assert len(data) == 3 and data.records["patient"].nunique() == 3
     with pytest.warns(UserWarning, match="a/train: 12 of 20"):
         datasets.load("folder", root=tmp_path, image_size=32, per_class={"train": 20})
+
+
+def test_a_subset_is_drawn_by_the_seed(tmp_path):
+    fake_pathmnist(tmp_path / "pathmnist.npz", n=90)
+
+    def chosen(seed):
+        data = datasets.load(
+            "pathmnist", root=tmp_path, image_size=28, seed=seed, per_class={"train": 2}
+        )
+        return tuple(data.records.loc[data.records["split"] == "train", "image_id"])
+
+    assert chosen(1) == chosen(1) and len({chosen(seed) for seed in range(4)}) == 4
 
 
 def test_small_images_are_enlarged_with_a_warning(folder):
@@ -687,6 +711,31 @@ def test_pathmnist(tmp_path):
     few = datasets.load("pathmnist", root=tmp_path, image_size=32, per_class={"train": 1})
     assert few.counts()["train"].tolist() == [1] * 9
     check(few, 32)
+
+
+def test_splits_and_sites_are_those_of_the_papers(tmp_path):
+    """Written out: which array or slide is for what."""
+    for array in ("ZT111", "ZT199", "ZT204", "ZT76", "ZT80"):
+        for k in range(4):
+            save(tmp_path / "usz" / array / f"{array}_4_A_1_{k}_patch_0_class_{k}.jpg")
+    table = datasets.load("usz-prostate", root=tmp_path / "usz", image_size=32).records
+    split = dict(zip(table["patient"].str.split("_").str[0], table["split"], strict=True))
+    assert split == {
+        "ZT111": "train",
+        "ZT199": "train",
+        "ZT204": "train",
+        "ZT76": "val",
+        "ZT80": "test",
+    }
+    assert datasets._KBSMC_SPLIT == {
+        "tma01": "train", "tma02": "train", "tma03": "train", "tma05": "train", "wsi01": "train",
+        "tma06": "val", "wsi03": "val", "tma04": "test", "wsi02": "test",
+    }  # fmt: skip
+    fake_pathmnist(tmp_path / "pathmnist.npz")
+    table = datasets.load("pathmnist", root=tmp_path, image_size=28).records
+    assert set(zip(table["split"], table["site"], strict=True)) == {
+        ("train", "A"), ("val", "A"), ("test", "B")
+    }  # fmt: skip
 
 
 def test_pathmnist_takes_the_size_that_fits(tmp_path):

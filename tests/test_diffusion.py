@@ -144,6 +144,28 @@ def test_any_size_and_no_hole_or_nothing_else(model):
     assert np.array_equal(out[~half], image[~half])
 
 
+def test_masks_of_latent_cells_by_both_rules(model, monkeypatch):
+    """Cells of 4 pixels; beyond the image the mask goes on as the mirrored image does."""
+    seen = []
+
+    def catch(eps, z_y, m, *rest, **options):
+        seen.append(m)
+        return z_y
+
+    monkeypatch.setattr(diffusion, "inpaint_latents", catch)
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 70, 3), dtype=np.uint8)
+    unknown = np.zeros((1, 40, 70), bool)
+    unknown[0, 6:14, 50:] = True  # half of the cells of rows 1 and 3, all of row 2
+    for rule in ("all", "any"):
+        inpaint(model, image, unknown, mask_rule=rule, generator=0)
+    strict, loose = (1 - m[0, 0].numpy() for m in seen)
+    expected = np.zeros((2, 16, 24))  # 64 x 96 pixels
+    expected[0, 1:4, 12:23] = 1  # any pixel unknown; columns 70 .. 89 mirror the unknown ones
+    expected[1, 2, 13:22] = 1  # every pixel unknown
+    np.testing.assert_array_equal(strict, expected[0])
+    np.testing.assert_array_equal(loose, expected[1])
+
+
 def test_bad_input_is_named(model, pair):
     images, unknown = pair
     with pytest.raises(ValueError, match="float64"):
@@ -185,6 +207,25 @@ def test_little_memory_halves_the_batch(model, pair, monkeypatch, capsys):
         inpaint(model, images, unknown, batch=-1, generator=0)
 
 
+def test_a_batch_cut_short_by_memory_draws_its_noise_again(model, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    unknown = np.zeros((2, 64, 64), bool)
+    unknown[:, 10:40, 13:41] = True
+    whole = inpaint(model, images, unknown, steps=2, generator=2)
+    real = diffusion._inpaint_batch
+
+    def late(model, images, *rest):
+        done = real(model, images, *rest)
+        if len(images) > 1:  # the noise is drawn by now
+            raise torch.OutOfMemoryError("too much")
+        return done
+
+    monkeypatch.setattr(diffusion, "_inpaint_batch", late)
+    pieces = inpaint(model, images, unknown, steps=2, generator=2)
+    assert np.abs(whole.astype(int) - pieces).max() <= 1
+
+
 def test_a_strip_needs_something_unknown(model):
     image = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(ValueError, match="unknown is empty"):
@@ -205,6 +246,12 @@ def test_windows_hold_the_unknown_and_its_context():
         rows, columns = (np.flatnonzero(unknown[i].any(1 - axis)) for axis in (0, 1))
         for at, span, length in ((rows, found[i][0], 100), (columns, found[i][1], 128)):
             assert span.start <= max(at[0] - 8, 0) and span.stop >= min(at[-1] + 9, length)
+
+
+def test_context_is_kept_on_every_side():
+    unknown = np.zeros((1, 60, 90), bool)
+    unknown[0, 20:30, 40:55] = True
+    assert windows(unknown, 7, 1) == [(slice(13, 37), slice(33, 62))]
 
 
 def test_a_window_as_large_as_the_image_is_the_image(model, pair):

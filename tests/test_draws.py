@@ -196,6 +196,24 @@ def test_who_may_be_drawn(own_image, own_patient, cut_sources):
             assert (q == -np.inf) == out
 
 
+def drawable(sampler, target):
+    rows, log_p = sampler.log_probabilities(target)
+    return rows[np.isfinite(log_p)].tolist()
+
+
+def test_only_the_known_patient_of_the_same_data_set_is_left_out_of_draws():
+    pool, _ = toy_pool(12, 3, classes=("a",))
+    pool.table["patient"] = ["p0"] * 9 + ["p1"] * 9 + [""] * 18
+    pool.table["dataset"] = ["one"] * 6 + ["two"] * 3 + ["one"] * 27
+    sampler = Sampler(pool, exclude_own_patient=True, cut_sources="anywhere")
+    assert drawable(sampler, 0) == list(range(6, 36))  # p0 of data set two is another patient
+    assert drawable(sampler, 18) == [*range(18), *range(21, 36)]  # unknown: its own image alone
+    for target in (0, 18):
+        np.testing.assert_array_equal(
+            np.flatnonzero(sampler.allowed(target, np.arange(36))), drawable(sampler, target)
+        )
+
+
 @pytest.mark.parametrize("own_image", [True, False])
 @pytest.mark.parametrize("own_patient", [True, False])
 @pytest.mark.parametrize("cut_sources", draws.CUT_SOURCES)
@@ -259,6 +277,18 @@ def test_state_continues_a_run_exactly():
     np.testing.assert_array_equal(second.w, whole.w)
     with pytest.raises(ValueError, match="another pool"):
         Sampler(toy_pool(seed=1)[0]).restore(state)
+
+
+def test_a_state_takes_the_place_of_what_was_drawn_before():
+    pool, _ = toy_pool()
+    rng = np.random.default_rng(0)
+    first, second = Sampler(pool), Sampler(pool)
+    first.draw(0, rng)
+    for target in (0, 5, 10, 20):
+        second.draw(target, rng)
+    second.restore(first.state())
+    np.testing.assert_array_equal(second.w, first.w)
+    np.testing.assert_array_equal(second.counts, first.counts)
 
 
 def test_what_was_tried_before_is_left_out_and_the_rest_keeps_its_odds():

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from skimage import data
@@ -79,6 +80,15 @@ def test_crop_background(background, colour):
     assert (out[6:, 6:] == 100).all()
 
 
+def test_the_background_takes_the_mean_of_the_image_not_of_the_crop():
+    image = np.full((40, 60, 3), 200, np.uint8)
+    image[5:25, 10:40] = (50, 100, 150)
+    mask = np.zeros((40, 60), bool)
+    mask[5:25, 10:25] = mask[5:10, 10:40] = True
+    out = features.crop(image, mask, size=30, background="mean")
+    np.testing.assert_array_equal(out[-3, -3], image.mean((0, 1)).round())
+
+
 def test_crop_of_one_pixel_and_of_everything():
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     one = np.zeros((16, 24), bool)
@@ -144,6 +154,11 @@ def test_lite0_features(lite0):
     np.testing.assert_allclose(f[3], lite0.embed(x[3:4])[0], atol=1e-4)
     assert np.linalg.norm(f[0] - f[1]) > 1
     assert lite0.embed(x[:0]).shape == (0, 1280)
+
+
+def test_inputs_are_scaled_as_the_network_was_trained(lite0):
+    lite = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+    assert (lite0.mean, lite0.std) == (lite.mean, lite.std)
 
 
 def test_embed_refuses_other_types(lite0):
@@ -337,6 +352,23 @@ def test_a_pool_grows_by_the_rules_it_was_built_with(growing):
     more = features.extend(pool, network, segments, images.__getitem__)
     assert len(more) == 13
     np.testing.assert_array_equal(more.mask(12), whole)
+
+
+def test_a_pool_grows_with_the_background_it_was_built_with(monkeypatch):
+    segments, seen = collect(toy.records(), toy.masks()), []
+    extractor = features.Extractor("toy", 20, None, (0.5,) * 3, (0.5,) * 3)
+
+    def embed(extractor, segments, get_image, *, background, **rest):
+        seen.append(background)
+        return np.ones((len(segments), 20), np.float32)
+
+    monkeypatch.setattr(features, "embed_segments", embed)
+    old = segments.select(image_id=["im0", "im1"])
+    raw = np.random.default_rng(0).normal(size=(8, 20))
+    for given, expected in (({"background": "white"}, "white"), ({}, "keep")):
+        pool = build(old, raw, provenance={"extractor": "toy", **given})
+        assert len(features.extend(pool, extractor, segments, dict)) == 24
+        assert seen.pop() == expected
 
 
 def test_what_may_not_grow_is_refused_before_any_work(growing):

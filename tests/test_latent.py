@@ -83,6 +83,16 @@ def test_shapes_and_factors(small):
         model.encode(x[..., :30])
 
 
+def test_decoding_undoes_shift_and_scale():
+    torch.manual_seed(0)
+    network = build_autoencoder((8, 16))
+    plain = LatentDiffusion(network, image_patch=2)
+    model = LatentDiffusion(network, image_patch=2, shift=0.5, scale=2.0)
+    x = torch.rand(1, 3, 32, 64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(model.encode(x)), plain.decode(plain.encode(x)))
+
+
 def test_v_is_converted_to_noise(small):
     model = LatentDiffusion(*small, image_patch=2, latent_patch=2, prediction="v_prediction")
     z0, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from helpers import placement as place
 
@@ -137,6 +138,15 @@ def test_warps_agree_with_the_affine_on_points():
     np.testing.assert_array_equal(np.argwhere(mask).mean(0), [36, 39])
 
 
+def test_pixels_covered_by_half_belong_to_a_mask():
+    mask = np.zeros((12, 20), bool)
+    mask[4:8, 5:11] = True
+    moved = place.warp_mask(mask, np.array([[1.0, 0, 0.5], [0, 1, 0]]), (12, 20))
+    expected = np.zeros((12, 20), bool)
+    expected[4:8, 5:12] = True
+    np.testing.assert_array_equal(moved, expected)
+
+
 def lanczos_at(image, x, y, lobes=4):
     """One value, the slow literal way."""
     window = lambda t: np.sinc(t) * np.sinc(t / lobes)  # noqa: E731
@@ -220,6 +230,16 @@ def test_what_shrinks_does_not_alias():
     out = place.warp_image(image, np.array([[0.36, 0, 3.0], [0, 0.36, 2.0]]), (40, 50))
     assert out[5:35, 5:45].std() < 25
     assert abs(out[5:35, 5:45].mean() - 127.5) < 5
+
+
+def test_what_shrinks_is_smoothed_by_the_gaussian_of_its_scale():
+    image = np.random.default_rng(0).integers(40, 216, (45, 60, 3), dtype=np.uint8)
+    affine = np.array([[0.4, 0, 1.3], [0, 0.4, -0.7]])  # sigma (1 / 0.4 - 1) / 2
+    got = place.warp_image(image, affine, (16, 24))
+    blurred = ndimage.gaussian_filter(image[..., 0].astype(float), 0.75, mode="mirror", radius=3)
+    for y, x in [(3, 5), (8, 12), (12, 20), (5, 17)]:
+        expected = lanczos_at(blurred, (x - 1.3) / 0.4, (y + 0.7) / 0.4)
+        assert abs(got[y, x, 0] - expected) <= 0.6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -78,6 +78,16 @@ def test_minimum_area_is_counted(segments, raw):
         pooling.build(segments, raw, min_area=0.9)
 
 
+def test_segments_of_the_smallest_area_stay(raw):
+    shapes = {"im0": np.stack([disc(15, 20, r) for r in (3, 5, 8)])}
+    segments = collect(records(1), shapes)
+    limit = shapes["im0"][1].sum() / (H * W)
+    pool = pooling.build(segments, raw[:3], min_area=limit)
+    assert pool.table["segment_id"].tolist() == [2, 3] and pool.provenance["dropped_small"] == 1
+    more = collect(records(2).iloc[[1]].assign(label="a"), {"im1": shapes["im0"]})
+    assert len(pooling.append(pool, more, raw[3:6])) == 4
+
+
 def test_leakage_of_a_split_is_refused_by_name(segments, raw):
     table = segments.table.copy()
     table.loc[table["image_id"] == "im3", "split"] = "test"
@@ -100,6 +110,15 @@ def test_leakage_of_a_patient_is_refused(segments, raw):
         pooling.build(segments, raw, records=pd.concat([records(), holes]))
     unknown = other.assign(patient=[None, ""])  # unknown patients cannot be compared
     pooling.build(segments, raw, records=pd.concat([records().assign(patient=None), unknown]))
+
+
+def test_patients_are_told_apart_by_data_set_and_unknown_ones_not_at_all(raw):
+    others = records(2, split="test").assign(image_id=["t0", "t1"])
+    elsewhere = others.assign(patient=["0", "1"], dataset="another")
+    pooling.build(collect(records(), masks()), raw, records=pd.concat([records(), elsewhere]))
+    table = records().assign(patient="")
+    unknown = pd.concat([table, others.assign(patient="")])
+    pooling.build(collect(table, masks()), raw, records=unknown)
 
 
 def test_a_tampered_pool_does_not_load(tmp_path, segments, raw):
@@ -189,6 +208,21 @@ def test_append_leaves_the_rest_as_it_is(segments, raw):
     other.table["label"] = "z"
     with pytest.raises(ValueError, match="'z'"):
         pooling.append(pool, other, raw[~first])
+
+
+def test_appended_segments_are_projected_with_the_components_of_their_class(raw):
+    segments = collect(records(), masks())
+    new = segments.table["image_id"].isin(["im4", "im5"]).to_numpy()  # one of each class
+    pool = pooling.build(
+        segments.select(image_id=[f"im{i}" for i in range(4)]), raw[~new], n_components=5
+    )
+    more = pooling.append(pool, segments.select(image_id=["im4", "im5"]), raw[new])
+    for row, (label, features) in enumerate(
+        zip(more.table["label"][16:], raw[new], strict=True), 16
+    ):
+        pca = pool.pcas[label]
+        expected = (features - pca.mean) @ pca.components.T
+        np.testing.assert_allclose(more.features[row], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("own", [True, False])

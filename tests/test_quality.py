@@ -197,6 +197,18 @@ def test_kid_over_all_samples_is_mmd(features):
     assert kid.std == pytest.approx(0, abs=1e-9)
 
 
+def test_spread_of_an_estimate_is_that_of_its_subsets():
+    """The standard deviation over the subsets, no error of their mean."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 4)), rng.normal(size=(14, 4))
+    found = quality.kid(x, y, subset_size=5, n_subsets=40, rng=np.random.default_rng(1))
+    again, each = np.random.default_rng(1), []
+    for _ in range(40):
+        i, j = again.permutation(12)[:5], again.permutation(14)[:5]
+        each.append(quality.mmd2(x[i], y[j]))
+    assert found.mean == pytest.approx(np.mean(each)) and found.std == pytest.approx(np.std(each))
+
+
 def _disc(shape=(48, 64), centre=(24, 30), radius=12):
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     return np.hypot(rows - centre[0], columns - centre[1]) < radius
@@ -238,6 +250,17 @@ def test_gradient_moves_and_turns_with_the_image():
     assert turned.mean() == pytest.approx(here, rel=1e-6)
 
 
+def test_luminance_weighs_the_channels_by_rec_601():
+    mask = np.zeros((40, 60), bool)
+    mask[:, 30:] = True
+    slopes = []
+    for channel in range(3):
+        image = np.zeros((40, 60, 3), np.uint8)
+        image[..., channel] = 255 * mask
+        slopes.append(quality.normal_gradient(image, mask).mean())
+    np.testing.assert_allclose(np.array(slopes) / sum(slopes), [0.299, 0.587, 0.114], rtol=1e-3)
+
+
 def test_seam_score_of_hard_equal_and_blurred_outlines():
     mask, other = _disc(), _disc(centre=(22, 36), radius=14)
     real = [_painted(other, blur=1.5)], [other]
@@ -255,6 +278,17 @@ def test_outline_on_the_image_border_is_no_seam():
     image = _painted(np.zeros_like(mask))
     assert quality.normal_gradient(image, mask).max() < 1e-9  # rounding depends on the machine
     assert quality.normal_gradient(image, np.ones_like(mask)).size == 0
+
+
+def test_pixels_near_the_image_border_are_no_part_of_an_outline():
+    mask = np.zeros((40, 60), bool)
+    mask[:, 30:] = True
+    image = np.full((40, 60, 3), 90, np.uint8)
+    image[:2, 30:] = image[-2:, 30:] = 255  # only there is an edge
+    found = quality.normal_gradient(image, mask, sigma=0.5)
+    assert len(found) == 2 * (40 - 2)  # both sides of the outline, a pixel left out at each end
+    strong = quality.normal_gradient(image, mask, sigma=2.0)
+    assert len(strong) == 2 * (40 - 2 * 4)
 
 
 def test_bad_input(features):
@@ -337,6 +371,31 @@ def test_a_hard_paste_is_detected_and_an_unchanged_image_is_not():
         soft.append((share * image + (1 - share) * original).astype(np.uint8))
     hard = quality.seam_detection(images, originals, masks, groups=names)
     assert quality.seam_detection(soft, originals, masks, groups=names) < hard
+
+
+def test_images_of_one_original_are_never_in_two_folds():
+    """Each original has a look of its own: a detector that saw it knows the answer."""
+    rng = np.random.default_rng(2)
+    y, x = np.mgrid[:80, :100]
+    mask = np.hypot(x - 50, y - 40) < 22
+    images, originals, groups = [], [], []
+    for k in range(6):
+        looks = rng.permutation([0.6 + 0.1 * k, 2.6 - 0.1 * k])
+        for _ in range(3):
+            pair = [
+                (128 + 90 * ndimage.gaussian_filter(rng.normal(size=(80, 100, 3)), (s, s, 0)))
+                .clip(0, 255).astype(np.uint8)
+                for s in looks
+            ]  # fmt: skip
+            images.append(pair[0])
+            originals.append(pair[1])
+            groups.append(f"original {k}")
+    masks = [mask] * len(images)
+    apart = quality.seam_detection(images, originals, masks, groups=groups)
+    mixed = quality.seam_detection(
+        images, originals, masks, groups=[str(k) for k in range(len(images))]
+    )
+    assert mixed > apart + 0.1
 
 
 def test_detection_needs_two_originals_and_one_of_each():

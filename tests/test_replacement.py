@@ -120,6 +120,14 @@ def test_pasting_a_segment_onto_itself_is_the_identity():
     np.testing.assert_array_equal(out, image)
 
 
+def test_the_fill_is_the_colour_around_the_target():
+    image = np.full((60, 80, 3), 90, np.uint8)
+    target, away = ellipse(40, 30, 14, 9, 0, (60, 80)), np.array([[1.0, 0, 500], [0, 1, 500]])
+    image[target] = 220
+    out, _ = rep.paste(image, target, image, target, away)
+    assert (out == 90).all()
+
+
 @pytest.mark.parametrize("band", [0, 1, 3, 6])
 def test_unknown_region_is_gap_plus_band(band):
     target, pasted = ellipse(80, 80, 40, 30), ellipse(90, 85, 30, 30)
@@ -451,6 +459,16 @@ def test_a_crop_shows_its_image_and_the_sources_that_reach_it(gap, seam):
     assert min(found) < 1 + len({done["source_image"] for done in made.replacements})
 
 
+def test_the_place_of_a_target_shows_the_image_of_its_source():
+    """With the surroundings of the source, also where the source itself does not reach."""
+    pool, _ = toy_pool(4, 5, classes=("a",))
+    row, other = pool.of_image("im0")[:2]
+    source = int(pool.of_image("im1")[0])
+    beyond = {"affine": [[1, 0, 900], [0, 1, 900]], "source_row": source, "source_image": "im1"}
+    assert rep.shown_in(pool, row, [beyond | {"target_row": int(row)}]) == {"im0", "im1"}
+    assert rep.shown_in(pool, row, [beyond | {"target_row": int(other)}]) == {"im0"}
+
+
 def test_a_paste_out_of_the_frame_pastes_nothing():
     image = np.full((60, 80, 3), 90, np.uint8)
     mask = ellipse(40, 30, 12, 9, 0, (60, 80))
@@ -522,3 +540,67 @@ def test_pasted_is_what_the_image_shows_of_sources():
         rng=np.random.default_rng(3), area_range=(0.2, 1.0), max_overlap=1.0,
     )  # fmt: skip
     assert not (composite.pasted & composite.unknown).any()
+
+
+@pytest.fixture
+def crossing():
+    """Image im0 with two segments that overlap, and a round source in each of three others."""
+    rng, shape = np.random.default_rng(0), (96, 120)
+    rows, shapes = [], {}
+    for i in range(4):
+        rows.append(
+            {"image_id": f"im{i}", "label": "a", "split": "train", "height": 96, "width": 120}
+        )
+        two = ellipse(60, 48, 34, 9, 0, shape), ellipse(86, 48, 22, 20, 0, shape)
+        shapes[f"im{i}"] = np.stack(two if i == 0 else [ellipse(60, 48, 18 + i, 18, 0, shape)])
+    pool = pooling.build(collect(pd.DataFrame(rows), shapes), rng.normal(size=(5, 3)))
+    colours = [(200, 150, 190), (150, 60, 140), (120, 90, 180), (210, 120, 150)]
+    images = {
+        f"im{i}": np.clip(np.array(c) + rng.normal(0, 12, (*shape, 3)), 0, 255).astype(np.uint8)
+        for i, c in enumerate(colours)
+    }
+    return pool, images
+
+
+def compose_crossing(crossing, seed, **options):
+    pool, images = crossing
+    options = {"stain": "none", "band": 0, "area_range": (0.15, 1.0), "max_overlap": 1.0, **options}
+    return rep.compose(
+        images["im0"], "im0", pool, Sampler(pool), images.get,
+        rng=np.random.default_rng(seed), **options,
+    )  # fmt: skip
+
+
+def test_pasted_unknown_and_records_agree_where_targets_overlap(crossing):
+    """Later pastes make earlier gaps known, and take earlier pastes out with their target."""
+    pool, images = crossing
+    orders = set()
+    for seed in range(6):
+        made = compose_crossing(crossing, seed)
+        orders.add(tuple(done["target_row"] for done in made.replacements))
+        assert not (made.pasted & made.unknown).any()
+        _, again = rep.paste_again(images["im0"], made.replacements, pool, images.get)
+        np.testing.assert_array_equal(again, made.pasted)
+    assert {(0, 1), (1, 0)} <= orders
+
+
+def test_a_target_that_is_new_already_is_passed_over(crossing):
+    pool, _ = crossing
+    shared = (pool.mask(0) & pool.mask(1)).sum()
+    assert shared > 0.15 * max(pool.mask(0).sum(), pool.mask(1).sum())
+    for seed in range(4):  # so much new area takes both
+        made = compose_crossing(crossing, seed, area_range=(0.16, 1.0))
+        assert len(made.replacements) == 2
+        with pytest.raises(rep.CompositeError, match="1 of 2 segments were replaced"):
+            compose_crossing(crossing, seed, area_range=(0.16, 1.0), max_overlap=0.1)
+
+
+@pytest.mark.parametrize("stain", ["transport", "reinhard"])
+def test_a_stained_paste_is_that_of_the_whole_source_matched(crossing, stain):
+    """Only the part of the source that shows is matched, which must not show."""
+    pool, images = crossing
+    made = compose_crossing(crossing, 0, stain=stain)
+    assert {done["stain"] for done in made.replacements} == {stain}
+    image, _ = rep.paste_again(images["im0"], made.replacements, pool, images.get)
+    difference = np.abs(image.astype(int) - made.image)[made.pasted]
+    assert (difference > 1).mean() < 1e-3

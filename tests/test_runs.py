@@ -388,6 +388,18 @@ def test_a_table_of_images_counts_with_what_lies_beside_it(tmp_path):
     assert len(found) == 3 and None not in found
 
 
+def test_names_and_times_of_files_belong_to_the_hash_of_a_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "b.png").write_bytes(b"two")
+    os.utime(tmp_path / "a.png", ns=(10**18, 10**18))
+    hashed, listed = runs._hashes.folder(tmp_path), runs._listing(tmp_path)
+    os.utime(tmp_path / "a.png", ns=(2 * 10**18, 2 * 10**18))
+    assert runs._listing(tmp_path) != listed  # of the same name and size, but written again
+    assert runs._hashes.folder(tmp_path) == hashed  # contents alone count there
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert runs._hashes.folder(tmp_path) != hashed
+
+
 def test_every_chapter_says_what_it_needs():
     order = list(config.CHAPTERS)
     assert list(runs.NEEDS) == order

@@ -5,6 +5,7 @@ import http.server
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,11 +272,30 @@ def test_mask_choices(random_sam, picture, choice):
     np.testing.assert_allclose(proposals.iou, iou[rows, chosen].clamp(0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize(("choice", "best"), [("smallest", 2), ("middle", 0), ("largest", 1)])
+def test_sizes_of_masks_are_those_within_the_image(choice, best):
+    """What a mask covers of the padding does not count."""
+    logits = torch.full((1, 1, 3, 16, 16), -1.0)
+    logits[0, 0, 0, :4, :5] = logits[0, 0, 1, :4, :7] = logits[0, 0, 2, :2, :6] = 1
+    logits[0, 0, 2, 8:] = 1  # below an image of half the height
+    embedding = SimpleNamespace(input_size=(32, 64))
+    iou = torch.tensor([[[0.1, 0.2, 0.3]]])
+    mask, score = sam._by_area(logits, iou, choice, embedding, 64)
+    assert torch.equal(mask[0, 0, 0], logits[0, 0, best]) and score == iou[0, 0, best]
+
+
 def test_logits_cover_the_image_only(random_sam):
     image = np.zeros((32, 128, 3), np.uint8)
     proposals = propose(random_sam, embed(random_sam, image), np.array([[0, 0]]))
     assert proposals.padded.shape == (1, 32, 32) and proposals.logits.shape == (1, 8, 32)
     assert proposals.full(0).shape == (32, 128)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((171, 256), (43, 64)), ((256, 170), (64, 42)), ((1, 256), (1, 64))]
+)
+def test_the_image_covers_the_nearest_number_of_rows_of_a_mask(size, expected):
+    assert sam._region(64, size, 256) == expected
 
 
 def test_one_click_finds_a_gland(small):

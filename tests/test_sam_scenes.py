@@ -12,6 +12,7 @@ from helpers.sam_scenes import (
     recolour,
     texture_scene,
 )
+from tests.toy_segments import disc
 
 
 @pytest.mark.parametrize("draw", [phantom_scene, texture_scene])
@@ -57,10 +58,21 @@ def test_augmentation_keeps_image_and_labels_together():
 
 
 def test_recolouring_changes_colours_not_shapes():
-    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    out = [recolour(image, np.random.default_rng(i)) for i in range(5)]
-    assert all(x.shape == image.shape and x.dtype == np.uint8 for x in out)
-    assert (out[0] != out[1]).any()
+    """A disc on a ground: in other colours, light on dark perhaps, but where it was."""
+    inside = disc(27, 34, 15, (60, 80))
+    image = np.where(inside[..., None], (130, 70, 140), (225, 190, 215)).astype(np.uint8)
+    overlaps, colours = [], []
+    for seed in range(40):
+        out = recolour(image, np.random.default_rng(seed))
+        assert out.shape == image.shape and out.dtype == np.uint8
+        means = np.stack([out[inside].mean(0), out[~inside].mean(0)])
+        axis = means[0] - means[1]
+        found = (out - means.mean(0)) @ axis > 0  # nearer to the colour of the disc
+        overlaps.append((found & inside).sum() / (found | inside).sum())
+        colours.append(means[0])
+    assert np.mean(np.array(overlaps) > 0.9) > 0.9
+    assert np.std(colours, axis=0).min() > 15
+    np.testing.assert_array_equal(out, recolour(image, np.random.default_rng(39)))
 
 
 def test_shards_are_not_made_twice(tmp_path):

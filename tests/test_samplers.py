@@ -430,6 +430,24 @@ def test_same_generator_same_sample_and_no_other_source(method, solver):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("options", [{"solver": "dpm++"}, {"solver": "ddim", "eta": 0.0}])
+def test_a_deterministic_way_keeps_the_noise_of_its_known_part(options):
+    z_y, m = torch.full((2, 4), 3.0, dtype=torch.float64), torch.tensor([[1.0, 1, 0, 0]])
+    noises = []
+
+    def watch(t, z, z0):
+        a = A[t]
+        noises.append(((z - a.sqrt() * z_y) / (1 - a).sqrt())[:, :2])
+
+    inpaint_latents(
+        lambda z, t: 0.3 * z, z_y, m, A, method="projection", steps=5, generators=spawn(0, 2),
+        callback=watch, **options,
+    )  # fmt: skip
+    assert len(noises) == 5 and noises[0].abs().max() > 0.1
+    for noise in noises[1:]:
+        torch.testing.assert_close(noise, noises[0])
+
+
 def test_nan_is_reported_with_sample_and_remedy():
     z_y, m = torch.zeros(3, 4), torch.zeros(3, 4)
 

@@ -21,6 +21,19 @@ def test_discrete_chain_is_that_of_diffusers():
     torch.testing.assert_close(A.float(), reference, rtol=1e-5, atol=1e-7)
 
 
+def test_schedule_is_that_of_latent_diffusion():
+    """The numbers of the paper written out: everything else takes them from one dictionary."""
+    assert LATENT_SCHEDULE == {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+    }
+    k = np.arange(1000) / 999
+    betas = (np.sqrt(0.0015) * (1 - k) + np.sqrt(0.0195) * k) ** 2
+    np.testing.assert_allclose(VPSDE().alphas_cumprod, np.cumprod(1 - betas), rtol=1e-9)
+
+
 def test_marginals_solve_the_moment_equations():
     # d mean / dt = -beta mean / 2 and d var / dt = beta (1 - var), integrated with small steps.
     mean, var, n = 1.0, 0.0, 20_000
@@ -70,6 +83,22 @@ def test_reverse_sde_brings_noise_back_to_the_prior(flow):
     assert np.abs(np.cov(x.T) - prior.cov.numpy()).max() < 0.08
 
 
+def test_euler_maruyama_is_its_recursion():
+    """Three steps written out: times 1, 2/3, 1/3, noise in all but the last."""
+    reverse = SDE.reverse(lambda x, t: -x * t[:, None])
+    x = torch.tensor([[0.5, -1.0], [2.0, 0.1]], dtype=torch.float64)
+    xi = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = x
+    for k, t in enumerate((1.0, 2 / 3, 1 / 3)):
+        beta = float(SDE.beta(torch.tensor(t, dtype=torch.float64)))
+        drift = -0.5 * beta * expected + beta * t * expected
+        expected = expected - drift / 3
+        if k < 2:
+            expected = expected + (beta / 3) ** 0.5 * xi[k]
+    found = euler_maruyama(reverse, x, 3, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found, expected)
+
+
 def test_prior_logp_is_the_normal_density():
     z = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
     normal = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1)
@@ -95,6 +124,13 @@ def test_dsm_loss_is_smallest_at_the_true_score():
     assert best < loss(lambda e: e + 0.1) and best < loss(lambda e: e.flip(-1))
 
 
+def test_dsm_loss_is_the_mean_square_of_each_sample():
+    z0 = torch.arange(12.0, dtype=torch.float64).reshape(2, 2, 3)
+    noise, t = torch.ones_like(z0), torch.tensor([3, 700])
+    found = dsm_loss(lambda z, t: torch.zeros_like(z), z0, A, t=t, noise=2 * noise)
+    torch.testing.assert_close(found, torch.full((2,), 4.0, dtype=torch.float64))
+
+
 def test_v_loss_is_the_weighted_eps_loss():
     z0 = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise, t = torch.randn_like(z0), torch.tensor([0, 9, 200, 500, 900, 999])
@@ -117,3 +153,17 @@ def test_posterior_is_that_of_the_joint_normal():
     near = x[(np.abs(x[:, known] - values[known]) < 0.1).all(1)][:, ~known]
     mean, cov = prior.posterior(known, values)
     assert np.abs(near.mean(0) - mean).max() < 0.05 and np.abs(np.cov(near.T) - cov).max() < 0.06
+
+
+def test_all_noise_comes_from_the_generator():
+    z0, state = torch.ones(3, 2, 4), torch.get_rng_state()
+
+    def both(draw):
+        one, two = (draw(torch.Generator().manual_seed(s)) for s in (1, 1))
+        assert torch.equal(one, two)
+        assert not torch.equal(one, draw(torch.Generator().manual_seed(2)))
+
+    both(lambda g: dsm_loss(lambda z, t: z + t[:, None, None], z0, A, generator=g))
+    both(lambda g: SDE.prior_sampling((3, 2), generator=g))
+    both(lambda g: euler_maruyama(SDE.reverse(lambda x, t: -x), z0, 3, generator=g))
+    assert torch.equal(state, torch.get_rng_state())

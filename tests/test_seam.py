@@ -104,6 +104,17 @@ def test_at_the_border_of_the_image_there_is_no_outline():
     assert found[18:24, 0].all()
 
 
+def test_a_cut_mask_keeps_its_pixels_at_the_border():
+    """Where the mask leaves the image nothing is taken off: only its outline moves."""
+    rng = np.random.default_rng(2)
+    source, target = rng.integers(0, 256, (2, 44, 53, 3), dtype=np.uint8)
+    mask = np.zeros((44, 53), bool)
+    mask[10:34, :20] = True
+    target[12:32, :3] = source[12:32, :3]  # to leave the border out would cost nothing there
+    found = seam.least_cut(source, target, mask, outwards=2, inwards=4)
+    assert found[15:29, :15].all()
+
+
 @pytest.mark.parametrize("bad", [{"outwards": -1}, {"outwards": 1, "inwards": -2}])
 def test_seam_errors(bad):
     image = np.zeros((9, 8, 3), np.uint8)
@@ -179,3 +190,9 @@ def test_near_the_outline_is_measured_to_the_other_side():
         assert found[y, x] == (away <= 2.5)
     for nothing in (np.zeros((9, 8), bool), np.ones((9, 8), bool)):
         assert not seam.near_outline(nothing, 3).any()
+
+
+def test_near_includes_the_distance_given():
+    mask = np.zeros((20, 30), bool)
+    mask[:, 15:] = True
+    np.testing.assert_array_equal(np.flatnonzero(seam.near_outline(mask, 3)[0]), np.arange(12, 18))

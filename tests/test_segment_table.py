@@ -146,6 +146,18 @@ def test_coco_round_trip(tmp_path, segments):
     assert [p.name for p in path.parent.iterdir()] == ["segments.json"]
 
 
+def test_scores_superpixels_and_borders_survive_the_file(tmp_path):
+    given = SimpleNamespace(
+        masks=masks(1)["im0"], scores=np.array([0.1, 0.25, 0.3, 0.875]),
+        superpixel=np.array([7, 1, 2, 3]), border=np.array([True, False, False, True]),
+    )  # fmt: skip
+    segments = save_coco(tmp_path / "s.json", records(1), {"im0": given})
+    again = load_coco(tmp_path / "s.json").table
+    pd.testing.assert_frame_equal(again, segments.table, atol=1e-4, check_dtype=False)
+    assert again["score"].tolist() == [0.1, 0.25, 0.3, 0.875]
+    assert again["superpixel"].tolist() == [7, 1, 2, 3]
+
+
 def test_pycocotools_reads_it(tmp_path, segments, capsys):
     save_coco(tmp_path / "s.json", records(), masks())
     coco = COCO(str(tmp_path / "s.json"))
@@ -261,6 +273,20 @@ def test_polygons_of_two_points_are_left_out(tmp_path):
     assert load_coco(tmp_path / "c.json").table["area"].tolist() == [16]
 
 
+def test_all_polygons_of_an_annotation_make_its_mask(tmp_path):
+    parts = [[2, 3, 6, 3, 6, 7, 2, 7], [8, 1, 11, 1, 11, 4, 8, 4]]
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 12}],
+        "categories": [{"id": 1, "name": "gland"}],
+        "annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": parts}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    segments = load_coco(tmp_path / "c.json")
+    expected = np.zeros((10, 12), bool)
+    expected[3:7, 2:6] = expected[1:4, 8:11] = True
+    np.testing.assert_array_equal(segments.mask(0), expected)
+
+
 def test_select(segments):
     part = segments.select(label="a")
     assert set(part.table["label"]) == {"a"} and set(part.images["label"]) == {"a"}
@@ -283,6 +309,13 @@ def test_tidy_keeps_the_largest_part_without_holes():
     assert clean.table["image_id"].tolist() == ["im0", "im0", "im1"]
     again = tidy(clean)
     pd.testing.assert_frame_equal(again.table, clean.table)
+
+
+def test_parts_that_touch_at_a_corner_are_two():
+    mask = np.zeros((1, H, W), bool)
+    mask[0, 5:15, 5:15] = mask[0, 15:20, 15:22] = True
+    clean = tidy(collect(records(1), {"im0": mask}))
+    assert clean.mask(0).sum() == 100 and clean.mask(0)[5:15, 5:15].all()
 
 
 def test_tidy_leaves_holes_open_that_are_segments_of_their_own():
@@ -338,6 +371,19 @@ def test_duplicates_count_once_and_the_better_score_stays():
     assert len(drop_duplicates(segments, iou=1.0)) == 4
     with pytest.raises(ValueError, match="iou=0"):
         drop_duplicates(segments, iou=0)
+
+
+def test_what_was_dropped_drops_nothing_itself():
+    """Three discs in a row: the first and the last are each like the middle one alone."""
+    shapes = np.stack([disc(x, 20, 10) for x in (18, 21, 24)])
+    iou = [
+        (shapes[i] & shapes[j]).sum() / (shapes[i] | shapes[j]).sum()
+        for i, j in ((0, 1), (1, 2), (0, 2))
+    ]
+    assert min(iou[:2]) > 0.6 > iou[2]
+    given = SimpleNamespace(masks=shapes, scores=np.array([0.9, 0.8, 0.7]))
+    kept = drop_duplicates(collect(records(1), {"im0": given}), iou=0.6)
+    assert kept.table["segment_id"].tolist() == [1, 3]
 
 
 def test_cost_of_many_images_is_linear():

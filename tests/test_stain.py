@@ -156,6 +156,16 @@ def test_macenko_carries_one_stain_to_the_other(stained):
     np.testing.assert_allclose(strength, stain.macenko_stains(two)[1], rtol=0.1)
 
 
+def test_macenko_gives_back_colours_that_two_stains_do_not_explain():
+    """A third dye, blue-green, in some of the pixels: matched to itself the image comes back."""
+    rng = np.random.default_rng(0)
+    vectors = np.array([[0.65, 0.70, 0.29], [0.27, 0.92, 0.28], [0.8, 0.2, 0.56]])
+    amount = rng.gamma(2.0, 0.35, (60, 90, 3)) * [1, 0.9, 0.15]
+    image = np.rint(255 * np.exp(-(amount @ vectors))).astype(np.uint8)
+    same = stain.match_stain(image, image, method="macenko")
+    assert np.abs(same.astype(int) - image).max() <= 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_matching_round_trip_and_identity(stained, method):
     one, two = stained["one"][0], stained["two"][0]
@@ -166,6 +176,32 @@ def test_matching_round_trip_and_identity(stained, method):
     assert np.abs(there.astype(int) - one).mean() > 5
     assert np.abs(back.astype(int) - one).mean() < 3
     np.testing.assert_array_equal(there[:, :12], one[:, :12])  # glass stays glass
+
+
+@pytest.mark.parametrize("method", ["transport", "reinhard", "macenko"])
+def test_the_change_sets_in_with_the_density(method):
+    """None below a density of 0.05, full from 0.15 on, half of it half way between."""
+    stains = np.array([[0.65, 0.70, 0.29], [0.27, 0.92, 0.28]])
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    source, reference = {
+        "transport": (
+            (np.full(3, 0.1), np.eye(3) / 100),
+            (np.array([0.3, 0.5, 0.2]), np.eye(3) / 60),
+        ),
+        "reinhard": (
+            (np.array([60.0, 20, -10]), np.full(3, 8.0)),
+            (np.array([40.0, 5, -30]), np.full(3, 9.0)),
+        ),
+        "macenko": ((stains, np.array([1.0, 1])), (stains[:, [2, 1, 0]], np.array([1.9, 0.6]))),
+    }[method]
+    image = np.array([[246, 243, 231, 217, 150]], np.uint8)[..., None].repeat(3, 2)
+    full = stain._method(method)[1](image, source, reference)
+    weight = np.clip((-np.log(image / 255) - 0.05) / 0.10, 0, 1)
+    assert (weight[0, :2] == 0).all() and (weight[0, 3:] == 1).all()
+    out = stain.apply_stain(image, source, reference, method=method)
+    expected = image + weight * (full - image)
+    np.testing.assert_allclose(out, expected.clip(0, 255), atol=0.51)
+    assert (np.abs(full - image)[0, 2:].max(-1) > 3).all()
 
 
 def test_matching_brings_sites_together(stained):
@@ -199,6 +235,16 @@ def test_colour_gap(stained):
     )
     assert np.isnan(stain.colour_gap(one, part, np.full_like(two, 255), whole))
     assert np.isnan(stain.colour_gap(one, np.zeros_like(part), two, whole))
+
+
+def test_grain_finer_than_the_smoothing_is_no_gap():
+    """A fine chequerboard of two colours against their mean, and against one of them."""
+    one, two = np.array([180, 90, 160]), np.array([150, 120, 190])
+    board = np.where((np.indices((40, 60)).sum(0) % 2)[..., None], one, two).astype(np.uint8)
+    mean = np.full((30, 50, 3), (one + two) // 2, np.uint8)
+    regions = np.ones((40, 60), bool), np.ones((30, 50), bool)
+    gaps = [stain.colour_gap(board, regions[0], mean, regions[1], sigma=s) for s in (1e-3, 2.0)]
+    assert gaps[0] > 10 > 1 > gaps[1]
 
 
 def test_stain_masks_and_errors(stained):

@@ -34,6 +34,12 @@ def test_named_labels_give_the_same_scores():
     assert statistics.scores(names[y], names[yhat], list(names)) == statistics.scores(y, yhat, 4)
 
 
+def test_rows_of_a_confusion_matrix_are_the_truth():
+    np.testing.assert_array_equal(
+        statistics.confusion([0, 0, 1, 2], [1, 1, 1, 0], 3), [[0, 2, 0], [0, 1, 0], [1, 0, 0]]
+    )
+
+
 def test_kappa_knows_the_order_of_the_grades():
     y = np.array([0, 1, 2, 3] * 5)
     near, far = y.copy(), y.copy()
@@ -214,6 +220,14 @@ def test_same_predictions_differ_by_nothing():
     assert statistics.verdict(c.difference, c.low, c.high, c.p) == "no difference"
 
 
+def test_random_swaps_of_equal_methods_give_a_p_of_one():
+    y = np.arange(60) % 4
+    c = statistics.paired_bootstrap(
+        y, y, y, np.arange(60) // 3, labels=4, n_boot=50, rng=np.random.default_rng(0)
+    )  # 20 patients: more swaps than are gone through
+    assert c.p == 1
+
+
 def test_holm_by_hand():
     np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([]).size == 0
@@ -223,6 +237,11 @@ def test_verdicts():
     assert statistics.verdict(0.1, 0.02, 0.2, 0.01) == "better"
     assert statistics.verdict(-0.1, -0.2, -0.02, 0.01) == "worse"
     assert statistics.verdict(0.1, 0.02, 0.2, 0.2) == "no difference"
+
+
+def test_a_verdict_needs_the_interval_too():
+    assert statistics.verdict(0.1, -0.02, 0.2, 0.01) == "no difference"
+    assert statistics.verdict(0.1, 0.02, 0.2, 0.05) == "no difference"  # below the level, not at it
 
 
 def test_bad_input():

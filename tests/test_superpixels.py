@@ -1,10 +1,13 @@
 """Superpixels and prompts."""
 
+import warnings
+
 import numpy as np
 import pytest
 from skimage.data import immunohistochemistry
 from skimage.segmentation import slic
 
+from helpers import superpixels as module
 from helpers.superpixels import SuperpixelWarning, draw_points, superpixels
 
 
@@ -29,6 +32,17 @@ def test_default_compactness_of_scikit_image_is_a_trap(tissue):
     assert slic(tissue, 30, start_label=0).max() + 1 < 20
     with pytest.warns(SuperpixelWarning, match="Raise compactness"):
         superpixels(tissue, 30, compactness=1.0, sigma=0.0)
+
+
+@pytest.mark.parametrize(("found", "warned"), [(13, True), (14, False), (30, False), (31, True)])
+def test_a_number_more_than_half_as_many_again_away_is_warned_of(found, warned, monkeypatch):
+    monkeypatch.setattr(
+        module, "_slic", lambda image, *_: np.arange(image[..., 0].size).reshape(20, 30) % found
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        superpixels(np.zeros((20, 30, 3), np.uint8), 20)
+    assert [issubclass(w.category, SuperpixelWarning) for w in seen] == [True] * warned
 
 
 def test_same_input_same_labels(tissue):
@@ -85,6 +99,14 @@ def test_points_do_not_repeat_unless_they_must():
     points = draw_points(labels, 5, rng=np.random.default_rng(1))
     assert len(np.unique(points[0], axis=0)) == 5
     assert len(np.unique(points[1], axis=0)) <= 3
+
+
+def test_as_many_points_as_pixels_are_all_of_them():
+    labels = np.zeros((4, 10), np.int32)
+    labels[1, 2:7] = 1
+    for seed in range(5):
+        points = draw_points(labels, 5, rng=np.random.default_rng(seed))[1]
+        assert sorted(points[:, 0]) == [2, 3, 4, 5, 6] and (points[:, 1] == 1).all()
 
 
 def test_points_cover_a_superpixel_evenly():

@@ -87,6 +87,29 @@ def test_sources_are_of_the_class_and_never_of_the_target():
             assert done["source_image"] != piece.composite.image_id
 
 
+def test_every_image_has_its_own_numbers_and_its_own_target(tmp_path):
+    pool, images = toy_pool(n_images=8)
+    asked, healed = [], []
+
+    def rng_of(label, order):
+        asked.append((label, order))
+        return _rng(label, order)
+
+    def generator_of(label, order):
+        healed.append((label, order))
+        return _generator(label, order)
+
+    pieces = list(synthesis.compose_all(
+        pool, Sampler(pool, cut_sources="anywhere"), images.__getitem__, n_per_class=6,
+        rng_of=rng_of, area_range=(0.05, 1.0), stain="none",
+    ))  # fmt: skip
+    _synthesise(tmp_path, pieces, generator_of=generator_of)
+    expected = [(label, order) for label in "ab" for order in range(6)]
+    assert asked == healed == expected == [(piece.label, piece.order) for piece in pieces]
+    for label in "ab":  # targets come in a new order each time
+        assert len({p.composite.image_id for p in pieces if p.label == label}) > 1
+
+
 def test_conditions_that_cannot_be_met_are_recorded():
     pieces = list(_pieces(1, area_range=(0.99, 1.0)))
     assert all(piece.composite is None for piece in pieces)
@@ -159,6 +182,18 @@ def test_finished_images_are_not_healed_again_unless_the_recipe_changes(tmp_path
     assert sum(calls) == 12
     _synthesise(tmp_path, heal=counting, provenance={**PROVENANCE, "seed": 1})
     assert sum(calls) == 18
+
+
+def test_images_of_other_composites_are_healed_again(tmp_path):
+    calls = []
+
+    def counting(images, *rest):
+        calls.append(len(images))
+        return _heal(images, *rest)
+
+    _synthesise(tmp_path, heal=counting)
+    _synthesise(tmp_path, _pieces(area_range=(0.2, 1.0)), heal=counting)  # the same recipe
+    assert sum(calls) == 12
 
 
 def _damage(path, how):

@@ -132,6 +132,14 @@ def test_a_run_ends_by_time():
     assert 0 < trainer.step < 10**6 and trainer.progress() >= 1
 
 
+def test_progress_is_that_of_steps_or_of_minutes():
+    trainer = Line(replace(RECIPE, minutes=2.0))
+    trainer.step, trainer.seconds = 1, 60.0
+    assert trainer.progress() == pytest.approx(0.5)  # one minute of two, one step of six
+    trainer.seconds = 6.0
+    assert trainer.progress() == pytest.approx(1 / 6)
+
+
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoilt():
     trainer = Line()
     trainer.advance()
