@@ -28,6 +28,29 @@ def test_the_number_asked_is_met_on_real_tissue(tissue, n):
     assert n / 1.5 <= found <= n * 1.5
 
 
+@pytest.mark.parametrize(("size", "n", "found"), [((64, 96), 12, 12), ((90, 150), 17, 18)])
+def test_superpixels_are_the_nearer_of_two_attempts(size, n, found):
+    """The grid of SLIC's seeds rounds the number; asked for more, it comes nearer."""
+    image = immunohistochemistry()[: size[0], : size[1]]
+    first = slic(image, n, compactness=40, sigma=2, start_label=0)
+    assert len(np.unique(first)) < found
+    labels = superpixels(image, n)
+    assert labels.max() + 1 == found
+    more = round(n**2 / len(np.unique(first)))
+    second = slic(image, more, compactness=40, sigma=2, start_label=0)
+    np.testing.assert_array_equal(labels, np.unique(second, return_inverse=True)[1].reshape(size))
+
+
+def test_a_grid_that_stays_the_same_is_not_asked_again(monkeypatch):
+    """Whatever the second answer would be, it costs nothing where it is the first one again."""
+    image, asked = immunohistochemistry()[:120, :300], []
+    plain = module._slic
+    monkeypatch.setattr(module, "_slic", lambda *given: asked.append(given[1]) or plain(*given))
+    superpixels(image, 60)
+    assert asked == [60] and len(np.unique(plain(image, 60, 40, 2))) == 59
+    np.testing.assert_array_equal(plain(image, 60, 40, 2), plain(image, 61, 40, 2))
+
+
 def test_default_compactness_of_scikit_image_is_a_trap(tissue):
     assert slic(tissue, 30, start_label=0).max() + 1 < 20
     with pytest.warns(SuperpixelWarning, match="Raise compactness"):
