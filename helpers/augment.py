@@ -42,7 +42,8 @@ def cutout(share: float = 0.2, *, p: float = 1.0) -> v2.Transform:
     Parameters
     ----------
     share : float
-        Part of the image that is erased, in (0, 1).
+        Part of the image that is erased, in (0, 0.9]. A square has to fit: of an image that is
+        not square, at most its short side over its long one.
     p : float
         Probability that an image is changed at all.
 
@@ -51,8 +52,8 @@ def cutout(share: float = 0.2, *, p: float = 1.0) -> v2.Transform:
     torchvision.transforms.v2.Transform
         For (3, H, W) tensors.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share is {share}: the erased part of an image lies in (0, 1)")
+    if not 0 < share <= 0.9:
+        raise ValueError(f"share is {share}: the erased part of an image lies in (0, 0.9]")
     return v2.RandomErasing(p=p, scale=(share, share), ratio=(1.0, 1.0), value=0)
 
 

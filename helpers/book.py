@@ -99,15 +99,15 @@ def _injected(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def run_page(run: str) -> str:
     """Markdown page about the run behind the book: settings, times, memory, versions."""
     record = runs.load(runs.root() / run / "run.json")
-    times, versions, rows = runs.timings(run), {}, []
+    times, versions, rows, total = runs.timings(run), {}, [], 0.0
     for chapter in config.CHAPTERS:
         path = runs.root() / run / chapter / "manifest.json"
         manifest = runs.load(path)
         versions = manifest["versions"]
         time_ = times.get(chapter, manifest)
         seconds, memory = time_["seconds"], manifest["peak_memory_gb"]
+        total += seconds
         rows.append(f"| {{doc}}`{chapter}` | {seconds:.1f} | {memory:.2f} |")
-    total = sum(times.get(chapter, {}).get("seconds", 0.0) for chapter in config.CHAPTERS)
     options = {k: v for k, v in record["options"].items() if k != "data_root"}
     extra = ", ".join(f"`{name} = {value!r}`" for name, value in options.items()) or "none"
     libraries = "\n".join(f"| {name} | {version} |" for name, version in sorted(versions.items()))
@@ -155,7 +155,7 @@ def build(run: str, *, force: bool = False) -> bool:
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.name not in pages:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, text in pages.items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -10,6 +10,7 @@ one generator.
 from __future__ import annotations
 
 import contextlib
+import numbers
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -151,7 +152,7 @@ def build_classifier(
         If the hub cannot be reached.
     """
     _known(name)
-    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
+    if not isinstance(n_classes, numbers.Integral) or n_classes < 2:
         raise ValueError(f"n_classes is {n_classes!r}: a classifier needs at least 2 classes")
     with _seeded(_draw_seed(generator)):
         if name == "ctranspath" and (weights is None or str(weights).startswith(("hub", "hf-"))):
@@ -286,28 +287,22 @@ def fit(
         before the training.
     """
     images, labels = _checked(images, labels, classifier.n_classes, "training")
-    absent = sorted(set(range(classifier.n_classes)) - set(labels.tolist()))
-    if absent:
-        raise ValueError(
-            f"no training image has class {', '.join(map(str, absent))} of "
-            f"{classifier.n_classes}: add images of it, or leave the class out of the study"
-        )
-    if batch_size < 2 or epochs < 1 or (steps_per_epoch is not None and steps_per_epoch < 1):
-        raise ValueError(
-            f"batch_size={batch_size}, epochs={epochs}, steps_per_epoch={steps_per_epoch}: need "
-            "at least 2 images a batch (for batch normalisation), 1 epoch and 1 step"
-        )
+    _check_training(labels, classifier.n_classes, batch_size, epochs, steps_per_epoch)
     validation = None
     if val_images is not None and len(val_images):
         validation = _checked(val_images, val_labels, classifier.n_classes, "validation")
     steps_per_epoch = steps_per_epoch or -(-len(images) // batch_size)
     high, low = rates or learning_rates(classifier.name)
     seed = _draw_seed(generator)
+    settings = {
+        "seed": seed, "images": len(images), "epochs": epochs, "steps_per_epoch": steps_per_epoch,
+        "batch_size": batch_size, "rates": [high, low],
+    }  # fmt: skip
 
     classifier.to(device, memory_format=torch.channels_last)  # faster on CPU and GPU
     optimiser = torch.optim.Adam(classifier.parameters(), lr=high, betas=BETAS, eps=EPSILON)
     schedule = CosineAnnealingWarmRestarts(optimiser, min(RESTART, epochs), eta_min=low)
-    state = _resume(checkpoint, classifier, optimiser, seed) or {
+    state = _resume(checkpoint, classifier, optimiser, settings) or {
         "epoch": 0, "curve": [], "best": _copy(classifier), "best_epoch": 0,
         "best_key": (-1.0, 0.0, 0),
     }  # fmt: skip
@@ -334,14 +329,13 @@ def fit(
                 if key >= tuple(state["best_key"]):
                     state |= {"best": _copy(classifier), "best_epoch": epoch + 1, "best_key": key}
                 state["epoch"] = epoch + 1
-                _keep(checkpoint, classifier, optimiser, seed, state)
+                _keep(checkpoint, classifier, optimiser, settings, state)
     finally:
         classifier.load_state_dict(state["best"])
         classifier.eval()
     return Training(state["curve"], state["best_epoch"], epochs * steps_per_epoch)
 
 
-@torch.inference_mode()
 def predict(
     classifier: Classifier, images: np.ndarray, *, batch: int = 64, device: str = "cpu"
 ) -> np.ndarray:
@@ -362,11 +356,12 @@ def predict(
         Rows sum to 1.
     """
     images = _pictures(images, "given")
-    classifier.to(device).eval()
+    classifier.to(device).eval()  # outside of inference mode: what is moved in it cannot be trained
     out = np.empty((len(images), classifier.n_classes), np.float32)
-    for start in range(0, len(images), batch):
-        x = _tensor(images[start : start + batch]).to(device).float().div_(255)
-        out[start : start + batch] = classifier(x).float().softmax(1).cpu().numpy()
+    with torch.inference_mode():
+        for start in range(0, len(images), batch):
+            x = _tensor(images[start : start + batch]).to(device).float().div_(255)
+            out[start : start + batch] = classifier(x).float().softmax(1).cpu().numpy()
     return out
 
 
@@ -449,6 +444,20 @@ def _epoch(classifier, optimiser, schedule, batches: _Batches, steps: range, bar
     return float(np.mean(losses))
 
 
+def _check_training(labels, n_classes: int, batch_size: int, epochs: int, steps) -> None:
+    absent = sorted(set(range(n_classes)) - set(labels.tolist()))
+    if absent:
+        raise ValueError(
+            f"no training image has class {', '.join(map(str, absent))} of {n_classes}: add "
+            "images of it, or leave the class out of the study"
+        )
+    if batch_size < 2 or epochs < 1 or (steps is not None and steps < 1):
+        raise ValueError(
+            f"batch_size={batch_size}, epochs={epochs}, steps_per_epoch={steps}: need at least 2 "
+            "images a batch (for batch normalisation), 1 epoch and 1 step"
+        )
+
+
 def _validate(classifier, images, labels, batch: int, device: str) -> dict[str, float]:
     p = predict(classifier, images, batch=batch, device=device)
     own = np.maximum(p[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)
@@ -505,24 +514,27 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _keep(path: str | Path | None, classifier, optimiser, seed: int, state: dict[str, Any]) -> None:
+def _keep(path: str | Path | None, classifier, optimiser, settings: dict, state: dict) -> None:
     if path is None:
         return
     content = {
-        "seed": seed, "network": classifier.state_dict(), "optimiser": optimiser.state_dict(),
+        "settings": settings,
+        "network": classifier.state_dict(),
+        "optimiser": optimiser.state_dict(),
         "state": {**state, "best_key": list(state["best_key"])},
-    }  # fmt: skip
+    }
     with replacing(path) as temporary:
         torch.save(content, temporary)
 
 
-def _resume(path: str | Path | None, classifier, optimiser, seed: int) -> dict[str, Any] | None:
+def _resume(path: str | Path | None, classifier, optimiser, settings: dict) -> dict | None:
     if path is None or not Path(path).exists():
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        if found["seed"] != seed:
-            raise ValueError("it was begun with another seed")
+        begun = found["settings"]
+        if other := [f"{key} {begun[key]}" for key in settings if begun[key] != settings[key]]:
+            raise ValueError(f"it was begun with {', '.join(other)}")
         classifier.load_state_dict(found["network"])
         optimiser.load_state_dict(found["optimiser"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:

@@ -241,7 +241,9 @@ class ProbabilisticReplacement(Common):
     ]
     scale_min: Annotated[PositiveFloat, Field(description="smallest scale of the transform")]
     scale_max: Annotated[PositiveFloat, Field(description="largest scale of the transform")]
-    stretch_max: Annotated[float, Field(ge=1, description="largest ratio of its two scales")]
+    stretch_max: Annotated[
+        float, Field(ge=1, allow_inf_nan=False, description="largest ratio of its two scales")
+    ]
     fit_min: Annotated[Fraction, Field(description="smallest IoU of the paste with its target")]
     fit_tries: Annotated[Positive, Field(description="draws for a target until one fits")]
     gap: Annotated[
@@ -420,7 +422,9 @@ class ClassifierEvaluation(WithDevice):
     n_bootstrap: Annotated[Positive, Field(description="bootstrap resamples by patient")]
 
     @model_validator(mode="after")
-    def _real_comes_first(self) -> ClassifierEvaluation:
+    def _each_once_and_real_first(self) -> ClassifierEvaluation:
+        if len(set(self.classifiers)) < len(self.classifiers):
+            raise ValueError(f"classifiers={list(self.classifiers)}: give each network once")
         if self.conditions[0] != "real" or len(set(self.conditions)) < len(self.conditions):
             raise ValueError(
                 f"conditions={list(self.conditions)}: give 'real' first, the baseline of all "

@@ -225,7 +225,7 @@ def _check_needs(run: str, chapters: Sequence[str]) -> None:
 
 
 def _finished(run: str, chapter: str) -> bool:
-    return (runs.root() / run / chapter / "manifest.json").exists()
+    return _manifest(run, chapter).exists()
 
 
 def _check_images(run: str, chapters: Sequence[str]) -> None:
@@ -277,8 +277,17 @@ def _code(path: Path) -> list[str]:
 
 
 def _record(run: str, chapter: str) -> dict[str, str]:
-    manifest = runs.root() / run / chapter / "manifest.json"
-    return {"manifest": sha256(manifest)}
+    return {"manifest": sha256(_manifest(run, chapter))}
+
+
+def _manifest(run: str, chapter: str) -> Path:
+    return runs.root() / run / chapter / "manifest.json"
+
+
+def _made(run: str, chapter: str) -> int | None:
+    """When a chapter was last finished, in nanoseconds; None if it never was."""
+    manifest = _manifest(run, chapter)
+    return manifest.stat().st_mtime_ns if manifest.exists() else None
 
 
 def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
@@ -288,6 +297,9 @@ def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
     failed = target.with_suffix(".failed.ipynb")
     working = target.with_name(f".{chapter}.running.ipynb")
     log = target.with_suffix(".log")
+    for path in (working, failed):  # of an earlier try
+        path.unlink(missing_ok=True)
+    before = _made(run, chapter)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "parameters.yml"
         file.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
@@ -298,19 +310,18 @@ def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
             code = subprocess.run(
                 command, stdout=stream, stderr=stream, env=_environment(), check=False
             ).returncode
-    manifest = runs.root() / run / chapter / "manifest.json"
     if code != 0:
         if working.exists():
             os.replace(working, failed)
         raise runs.Failed(_failure(chapter, failed, log))
-    if not manifest.exists():
+    if _made(run, chapter) == before:
         os.replace(working, failed)
         raise runs.Failed(f"{chapter} ended without stage.finish(results), so it left no results")
     os.replace(working, target)
     for path in (failed, log):
         path.unlink(missing_ok=True)
     runs.dump(target.with_suffix(".json"), _record(run, chapter))
-    return float(runs.load(manifest)["peak_memory_gb"])
+    return float(runs.load(_manifest(run, chapter))["peak_memory_gb"])
 
 
 def _environment() -> dict[str, str]:
@@ -437,11 +448,11 @@ def resolve(
         kept = {key: old["options"][key] for key in _DATA if key in old["options"]}
         options = {**kept, **options}
     name = name or "tutorial"
+    if name.endswith((".yml", ".yaml")):
+        name = str(Path(name).resolve())
     given = {**preset(name), **options}
     if given.get("data_root"):
-        given["data_root"] = str(_existing(given["data_root"]))
-        if "data_root" in options:
-            options["data_root"] = given["data_root"]
+        options["data_root"] = given["data_root"] = str(_existing(given["data_root"]))
     if old and _finished(run, "00_tissue") and not arguments.force:
         _same_data(run, old, given)
     run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
@@ -491,15 +502,17 @@ def _existing(folder: str) -> Path:
 def _remembered(run: str, record: Mapping[str, Any]) -> Iterator[None]:
     """Keep what a run is made with in its ``run.json``, from the start, also if it is stopped.
 
-    After an error it is again what made the chapters that are there, if there are any.
+    After an error before any chapter was finished, it is again what made those that are there.
     """
     note = runs.root() / run / "run.json"
     old = runs.load(note) if note.exists() and _finished(run, "00_tissue") else record
-    runs.dump(note, record)
+    before = [_made(run, chapter) for chapter in config.CHAPTERS]
+    runs.dump(note, record, exact=True)
     try:
         yield
     except Exception:
-        runs.dump(note, old)
+        if [_made(run, chapter) for chapter in config.CHAPTERS] == before:
+            runs.dump(note, old, exact=True)
         raise
 
 

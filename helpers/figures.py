@@ -547,9 +547,9 @@ def sweeps(
             axis.grid(axis="x", visible=False)
             axis.margins(y=0.12)
         axes[0].set_ylabel(ylabel)
-    top = max(axis.get_ylim()[1] for axis in figure.axes)
+    limits = [axis.get_ylim() for axis in figure.axes]
     for axis in figure.axes:
-        axis.set_ylim(0, top)
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     return figure
 
 

@@ -48,6 +48,8 @@ AUTOENCODER_WEIGHTS = _WEIGHTS / "autoencoder.safetensors"
 #: Shipped noise network.
 UNET_WEIGHTS = _WEIGHTS / "unet.safetensors"
 
+#: What a noise network may predict.
+PREDICTIONS = ("epsilon", "v_prediction")
 #: The schedule of latent diffusion (Rombach et al. 2022): arguments of diffusers' schedulers.
 LATENT_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -182,8 +184,8 @@ class LatentDiffusion(nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction {prediction!r}: use 'epsilon' or 'v_prediction'")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {prediction!r}: use {' or '.join(PREDICTIONS)}")
         self.autoencoder, self.unet = autoencoder, unet
         self.image_patch, self.latent_patch = image_patch, latent_patch
         self.shift, self.scale = float(shift), float(scale)

@@ -285,6 +285,7 @@ def size_range(scale_limits: tuple[float, float], min_fit: float) -> tuple[float
     low, high : float
         (0, inf) if `min_fit` is 0. The upper bound is that of a source that lies in the image.
     """
+    _check_limits(scale_limits)
     low, high = scale_limits
     return min_fit / high**2, 1 / (min_fit * low**2) if min_fit else np.inf
 
@@ -469,11 +470,10 @@ def warp_masks(
     """
     stack = np.ascontiguousarray(np.asarray(masks), np.uint8)
     (h, w), at = stack.shape[1:], _back(len(stack), affines, shape, device)
-    # grid_sample wants -1 and 1 at the centres of the outermost pixels.
-    half = torch.tensor([max(w - 1, 1), max(h - 1, 1)], device=at.device) / 2
-    grid = at.permute(0, 2, 3, 1) / half - 1
+    # grid_sample wants -1 and 1 at the outer edges of the outermost pixels.
+    grid = (2 * at.permute(0, 2, 3, 1) + 1) / torch.tensor([w, h], device=at.device) - 1
     x = torch.from_numpy(stack).to(device)[:, None].float()
-    inside = grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    inside = grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (inside[:, 0] >= 0.5).cpu().numpy()
 
 
@@ -581,7 +581,7 @@ def _mirrored(index: torch.Tensor, length: int) -> torch.Tensor:
     return torch.minimum(index, 2 * length - 2 - index)
 
 
-def _check_limits(limits: tuple[float, float], stretch: float) -> None:
+def _check_limits(limits: tuple[float, float], stretch: float = 1.0) -> None:
     if not 0 < limits[0] <= limits[1]:
         raise ValueError(f"scale_limits={limits}: give 0 < low <= high")
     if not stretch >= 1:

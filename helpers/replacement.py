@@ -180,8 +180,10 @@ def paste_again(
     out, pasted = image, np.zeros(image.shape[:2], bool)
     repainted = how.get("gap", "inpaint") == "inpaint"
     for done in replacements:
-        donor = match_stain(get_image(done["source_image"]), image, method=done["stain"])
+        donor = get_image(done["source_image"])
         target, source = pool.mask(done["target_row"]), pool.mask(done["source_row"])
+        _check_size(donor, source.shape, done["source_image"])
+        donor = match_stain(donor, image, method=done["stain"])
         out, here = paste(out, target, donor, source, np.asarray(done["affine"]), **how)
         removed = target if repainted else here
         pasted = (pasted & ~removed) | here
@@ -366,7 +368,7 @@ def compose(
     ValueError
         If an argument is wrong.
     """
-    _check_compose(area_range, method, stain, tries, band, feather)
+    _check_compose(area_range, method, stain, max_overlap, min_fit, tries, band, feather)
     target_image_id = str(target_image_id)  # an array of names gives np.str_, whose repr says so
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
@@ -374,19 +376,16 @@ def compose(
     _check_size(image, pool.mask(targets[0]).shape, target_image_id)
     limits = {"scale_limits": scale_limits, "stretch_limit": stretch_limit}
     options = _Options(
-        partial(PLACEMENTS[method], **limits),
-        partial(affine_at_border, **limits),
-        stain,
-        band,
-        fill,
-        gap,
-        seam,
-        feather,
-        area_range[1],
-        max_overlap,
-        min_fit,
-        size_range(scale_limits, min_fit),
-        tries,
+        place=partial(PLACEMENTS[method], **limits),
+        place_at_border=partial(affine_at_border, **limits),
+        stain=stain,
+        band=band,
+        how={"fill": fill, "gap": gap, "seam": seam, "feather": feather},
+        area_max=area_range[1],
+        max_overlap=max_overlap,
+        min_fit=min_fit,
+        sizes=size_range(scale_limits, min_fit),
+        tries=tries,
     )
     work = _Work(image, options, {} if stains is None else stains)
     without = []  # why nothing may replace a target
@@ -420,10 +419,7 @@ class _Options:
     place_at_border: Callable[[np.ndarray, np.ndarray], np.ndarray]
     stain: str
     band: int
-    fill: str
-    gap: str
-    seam: tuple[int, int]
-    feather: float
+    how: dict[str, Any]  # of `paste`
     area_max: float
     max_overlap: float
     min_fit: float
@@ -452,14 +448,14 @@ class _Work:
         sampler: Sampler,
         get_image: Callable[[str], np.ndarray],
         rng: np.random.Generator,
-    ) -> bool:
-        """Replace one target if that is possible; False if it was passed over."""
+    ) -> None:
+        """Replace one target, or pass it over."""
         target_mask = pool.mask(target)
         new = self.pasted | self.unknown
         overlap = np.count_nonzero(new & target_mask) / np.count_nonzero(target_mask)
         full = _share(new | target_mask) > self.options.area_max
         if overlap > self.options.max_overlap or full:
-            return False
+            return
         low, high = self.options.sizes
         if pool.table["border"].iat[target]:  # a larger source may go on beyond the border
             high = np.inf
@@ -470,14 +466,13 @@ class _Work:
             except CompositeError:
                 if not tried:
                     raise
-                return False
+                return
             cut = sampler.at_border(source)
             place = self.options.place_at_border if cut else self.options.place
             if self._put(pool, target, target_mask, source, place, get_image):
-                return True
+                return
             sampler.undo(source)
             tried.append(source)
-        return False
 
     def _put(
         self,
@@ -496,12 +491,11 @@ class _Work:
         if not placed.any() or fit < o.min_fit:
             return False
         source_id = pool.table["image_id"].iat[source]
-        donor, stain = self._stained(get_image(source_id), source_mask, source_id)
-        image, pasted = paste(
-            self.image, target_mask, donor, source_mask, affine,
-            fill=o.fill, gap=o.gap, seam=o.seam, feather=o.feather,
-        )  # fmt: skip
-        removed = target_mask if o.gap == "inpaint" else pasted
+        source_image = get_image(source_id)
+        _check_size(source_image, source_mask.shape, source_id)
+        donor, stain = self._stained(source_image, source_mask, source_id)
+        image, pasted = paste(self.image, target_mask, donor, source_mask, affine, **o.how)
+        removed = target_mask if o.how["gap"] == "inpaint" else pasted
         unknown = (self.unknown & ~pasted) | unknown_region(removed, pasted, band=o.band)
         kept = (self.pasted & ~removed) | pasted
         ratio = _share(kept | unknown)
@@ -515,7 +509,7 @@ class _Work:
         self, source_image: np.ndarray, source_mask: np.ndarray, source_id: str
     ) -> tuple[np.ndarray, str]:
         """Source image, matched to the target's stain where the paste takes from it."""
-        method = self.options.stain
+        method, how = self.options.stain, self.options.how
         if method == "none":
             return source_image, "none"
         try:
@@ -526,8 +520,8 @@ class _Work:
                 self.stains[key] = measure_stain(source_image, method=method)
         except ValueError:  # too little tissue, or a single stain
             return source_image, "none"
-        box = np.s_[:, :]
-        if self.options.gap == "inpaint":  # interpolation looks a few pixels beyond the mask
+        box = np.s_[:, :]  # its surroundings are pasted or blended too
+        if how["gap"] == "inpaint" and not how["feather"]:  # but for what interpolation looks at
             box = reach(source_mask, _IDENTITY, source_mask.shape, margin=2 * LOBES)
         donor = source_image.copy()
         donor[box] = apply_stain(source_image[box], self.stains[key], self.reference, method=method)
@@ -575,7 +569,14 @@ def _record(
 
 
 def _check_compose(
-    area_range: tuple[float, float], method: str, stain: str, tries: int, band: int, feather: float
+    area_range: tuple[float, float],
+    method: str,
+    stain: str,
+    max_overlap: float,
+    min_fit: float,
+    tries: int,
+    band: int,
+    feather: float,
 ) -> None:
     if not 0 <= area_range[0] <= area_range[1] <= 1:
         raise ValueError(f"area_range={area_range}: give 0 <= low <= high <= 1")
@@ -583,6 +584,10 @@ def _check_compose(
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(PLACEMENTS)}")
     if stain not in METHODS:
         raise ValueError(f"stain={stain!r} is unknown: use {', '.join(METHODS)}")
+    if not (0 <= max_overlap <= 1 and 0 <= min_fit <= 1):
+        raise ValueError(
+            f"max_overlap={max_overlap}, min_fit={min_fit}: both are shares, from 0 to 1"
+        )
     if tries < 1:
         raise ValueError(f"tries={tries}: draw at least once for a target")
     if feather * BLEND_REACH > band:

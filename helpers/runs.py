@@ -118,33 +118,45 @@ def read_table(path: Path, text: Sequence[str] = _TEXT) -> pd.DataFrame:
     return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
 
 
-def dump(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically: sorted keys, floats of 6 significant digits, no NaN.
+def dump(path: Path, value: Any, *, exact: bool = False) -> None:
+    """Write `value` as JSON, atomically: sorted keys, no NaN.
+
+    Parameters
+    ----------
+    path : Path
+    value : object
+        Numbers, text, lists and dictionaries of them; NaN and infinity become null.
+    exact : bool
+        Keep floats as they are, as parameters need; otherwise they get 6 significant digits.
 
     Raises
     ------
     TypeError
         For a value that JSON cannot hold, with its key.
     """
-    text = json.dumps(_plain(value, "results"), indent=2, sort_keys=True, ensure_ascii=False)
+    plain = _plain(value, "results", exact)
+    text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False)
     with replacing(path) as tmp:
         tmp.write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, exact: bool) -> Any:
     """Python's own types for numpy's, dictionaries with text keys, rounded floats."""
     if value is None or isinstance(value, str | bool | np.bool_):
         return bool(value) if isinstance(value, np.bool_) else value
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(f"{float(value):.6g}") if math.isfinite(float(value)) else None
+        number = float(value)
+        if not math.isfinite(number):
+            return None
+        return number if exact else float(f"{number:.6g}")
     if isinstance(value, Mapping):
-        return {str(_key(key)): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(_key(k)): _plain(item, f"{where}.{k}", exact) for k, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist(), where)
+        return _plain(value.tolist(), where, exact)
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", exact) for i, item in enumerate(value)]
     if isinstance(value, Path):
         raise TypeError(f"{where} is a path ({value}): results are the same on every machine")
     raise TypeError(f"{where} is a {type(value).__name__}: give numbers, text, lists, dictionaries")
@@ -188,13 +200,13 @@ _hashes = _Hashes()
 def _listing(folder: Path) -> str:
     """Digest of names, sizes and times of the files of a data folder: fast for any size.
 
-    Files whose name starts with a dot, such as ``.DS_Store``, are no data.
+    Files and folders whose name starts with a dot, such as ``.DS_Store``, are no data.
     """
     digest = hashlib.sha256()
     for item in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
-        stat = item.stat()
-        line = f"{item.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n"
-        digest.update(line.encode())
+        name, stat = item.relative_to(folder), item.stat()
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -318,7 +330,9 @@ class Stage:
         self.folder = root() / params.run
         self._final = self.folder / chapter
         self._start, self._cpu = time.perf_counter(), time.process_time()
-        self._timings, self._inputs = {}, {}
+        self._timings: dict[str, float] = {}
+        self._inputs: dict[str, str | None] = {}  # hashes, taken when first read
+        self._data = _data(params)
         self._add_checkpoints(params)
         for need in NEEDS[chapter]:
             self._finished(need)
@@ -343,7 +357,7 @@ class Stage:
                 f"run {self.run!r}: chapter {chapter} has written no {name!r}, which "
                 f"{self.chapter} needs. {self._how(chapter)}"
             )
-        self._inputs.setdefault(f"{chapter}/{name}", path)
+        self._add_input(f"{chapter}/{name}", path)
         return path
 
     def results(self, chapter: str) -> dict[str, Any]:
@@ -387,7 +401,7 @@ class Stage:
         path = self.folder / "00_tissue" / "instances" / f"{image_id}.png"
         if not path.exists():
             return None
-        self._inputs.setdefault("00_tissue/instances", path.parent)
+        self._add_input("00_tissue/instances", path.parent)
         with Image.open(path) as picture:
             return np.asarray(picture).astype(np.int32)
 
@@ -426,7 +440,8 @@ class Stage:
         dump(self._partial / "results.json", results)
         written = (p for p in sorted(self._partial.iterdir()) if p.name != ".key")
         outputs = {path.name: _hashes.any(path) for path in written}
-        dump(self._partial / "manifest.json", self._manifest() | {"outputs": outputs})
+        manifest = self._manifest() | {"outputs": outputs}
+        dump(self._partial / "manifest.json", manifest, exact=True)
         if self._final.exists():
             shutil.rmtree(self._old, ignore_errors=True)
             os.replace(self._final, self._old)
@@ -479,13 +494,18 @@ class Stage:
         path = self.folder / "00_tissue" / folder / f"{image_id}.png"
         if not path.exists():
             raise KeyError(f"run {self.run!r} has no image {image_id!r} (see 00_tissue/images.csv)")
-        self._inputs.setdefault(f"00_tissue/{folder}", path.parent)
+        self._add_input(f"00_tissue/{folder}", path.parent)
         return path
+
+    def _add_input(self, name: str, path: Path) -> None:
+        """Note the hash of an input when it is first read: it may be made anew meanwhile."""
+        if name not in self._inputs:
+            self._inputs[name] = _hashes.any(path)
 
     def _add_checkpoints(self, params: config.Common) -> None:
         """Count checkpoints given by path among the inputs, under their full path."""
         for path in map(Path, config.checkpoint_paths(params).values()):
-            self._inputs[str(path.resolve())] = path
+            self._add_input(str(path.resolve()), path)
 
     def _finished(self, chapter: str) -> None:
         if chapter == self.chapter:
@@ -514,21 +534,21 @@ class Stage:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
             mark.write_text(key)
-        dump(self._partial / "params.json", self.params.model_dump(mode="json"))
+        dump(self._partial / "params.json", self.params.model_dump(mode="json"), exact=True)
 
     def _manifest(self) -> dict[str, Any]:
         return {
             "chapter": self.chapter,
             "run": self.run,
             "params": self.params.model_dump(mode="json"),
-            "inputs": {name: _hashes.any(path) for name, path in sorted(self._inputs.items())},
-            "data": _data(self.params),
+            "inputs": self._inputs,
+            "data": self._data,
             **self._code,
             "versions": _versions(),
-            "seconds": time.perf_counter() - self._start,
-            "cpu_seconds": time.process_time() - self._cpu,
-            "timings": self._timings,
-            "peak_memory_gb": peak_memory(),
+            "seconds": round(time.perf_counter() - self._start, 3),
+            "cpu_seconds": round(time.process_time() - self._cpu, 3),
+            "timings": {name: round(seconds, 6) for name, seconds in self._timings.items()},
+            "peak_memory_gb": round(peak_memory(), 3),
         }
 
 

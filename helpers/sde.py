@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helpers.latent import LATENT_SCHEDULE
+from helpers.latent import LATENT_SCHEDULE, PREDICTIONS
 
 __all__ = ["VPSDE", "GaussianPrior", "ReverseSDE", "dsm_loss", "euler_maruyama"]
 
@@ -226,6 +226,8 @@ def dsm_loss(
     -------
     (N,) Tensor
     """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction {prediction!r}: use {' or '.join(PREDICTIONS)}")
     if t is None:
         t = torch.randint(len(alphas_cumprod), (len(z0),), generator=generator)
     if noise is None:

@@ -372,5 +372,5 @@ _MATCHES: dict[str, tuple[Callable[..., Stain], Callable[..., np.ndarray]]] = {
 
 def _method(name: str) -> tuple[Callable[..., Stain], Callable[..., np.ndarray]]:
     if name not in _MATCHES:
-        raise ValueError(f"stain method {name!r} is unknown: use {', '.join(METHODS)}")
+        raise ValueError(f"stain method {name!r} is unknown: use {', '.join(_MATCHES)}")
     return _MATCHES[name]

@@ -266,6 +266,26 @@ def test_resumed_training_equals_the_uninterrupted_one(tmp_path, data):
     assert torch.equal(weights(whole), weights(again))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"seed": 1}, "seed"), ({"epochs": 2, "batch_size": 6}, "epochs 4, steps_per_epoch 3, batch"),
+     ({"rates": (1.0, 0.5)}, r"rates \[0.05, 0.0001\]")],
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, data, changes, said):
+    path = tmp_path / "training.pt"
+    fit(tiny(), data, checkpoint=path)
+    with pytest.raises(ValueError, match=f"no checkpoint of this training .*begun with {said}"):
+        fit(tiny(), data, checkpoint=path, **changes)
+
+
+def test_a_network_can_be_trained_after_it_predicted(data):
+    """Also where the prediction was made on another device."""
+    classifier = tiny()
+    classify.predict(classifier, data[0], device="cpu:0")
+    assert not any(value.is_inference() for value in classifier.state_dict().values())
+    fit(classifier, data, epochs=1)
+
+
 def test_mixed_labels_are_trained_on(data):
     training = fit(tiny(), data, transform=augment.traditional(32),
                    batch_transform=augment.mixup(2))  # fmt: skip
@@ -319,7 +339,7 @@ def test_bad_input(tmp_path, data):
         fit(tiny(n_classes=3), data)
     with pytest.raises(ValueError, match="at least 2 images a batch"):
         fit(tiny(), data, batch_size=1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="labels run from 1 to 2: with 2 classes"):
         fit(tiny(), (images, labels + 1))
 
 

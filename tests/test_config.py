@@ -280,6 +280,7 @@ def test_what_is_blended_lies_in_the_band():
         ("07_classifier_evaluation", {"conditions": ["ours", "real"]}, "give 'real' first"),
         ("07_classifier_evaluation", {"conditions": ["real", "ours", "ours"]},
          "each condition once"),
+        ("07_classifier_evaluation", {"classifiers": ["lite0", "lite0"]}, "each network once"),
     ],
 )  # fmt: skip
 def test_parameters_that_do_not_go_together_are_refused(chapter, change, message):

@@ -131,6 +131,20 @@ def test_two_chapters_in_the_life_of_a_run(project):
     failed = folder / "notebooks" / f"{FIRST}.failed.ipynb"
     assert "thirteen" in failed.read_text()
 
+    # what an earlier failure left is no explanation of another
+    (folder / "notebooks" / f".{FIRST}.running.ipynb").write_text(failed.read_text())
+    path.write_text("{")
+    result = run(project, "--only", "01", "--force")
+    path.write_text(source)
+    assert result.returncode == 1 and "thirteen" not in result.stderr
+
+    # results of the last time are not those of a chapter that no longer writes any
+    path.write_text(source.replace("stage.finish(", "print("))
+    result = run(project, *both)
+    path.write_text(source)
+    assert result.returncode == 1 and "ended without stage.finish(results)" in result.stderr
+    assert (folder / FIRST / "results.json").read_bytes() == kept
+
     # the same seed gives the same bytes; a failed option is not remembered
     assert done(run(project, *both)) == []
     assert done(run(project, "--only", "00", "--force")) == [TISSUE]
@@ -236,6 +250,39 @@ def test_a_run_that_holds_nothing_yet_takes_other_data(run_root, tmp_path, monke
         assert execute.main(["--run", "own", *given]) == 1
         note = runs.load(run_root / "own" / "run.json")
         assert note["options"]["data_root"] == str(folder)
+
+
+def test_options_that_made_a_chapter_are_kept_after_an_error(run_root, monkeypatch):
+    """Chapter 00 took the new data, 01 failed: the run holds the new data."""
+    note, manifest = run_root / "r" / "run.json", run_root / "r" / TISSUE / "manifest.json"
+    runs.dump(note, {"preset": "smoke", "options": {"seed": 5}})
+    runs.dump(manifest, {})
+    os.utime(manifest, ns=(0, 0))
+
+    def work(*args, **kwargs):
+        runs.dump(manifest, {"seed": 6})
+        raise runs.Failed("01 failed")
+
+    monkeypatch.setattr(execute, "execute", work)
+    assert execute.main(["--run", "r", "-p", "seed", "6"]) == 1
+    assert runs.load(note)["options"] == {"seed": 6}
+
+
+def test_a_preset_file_may_name_the_data(run_root, tmp_path, monkeypatch):
+    """By a path from where one is: both are kept as full paths."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.yml").write_text(
+        "dataset: folder\ndata_root: mine\nscale_min: 0.3333333333\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run, given, _, record = execute.resolve(execute._parse(["--preset", "mine.yml"]))
+    assert run == "mine-folder" and given["data_root"] == str(tmp_path / "mine")
+    with execute._remembered(run, record):
+        runs.dump(run_root / run / TISSUE / "manifest.json", {})
+    monkeypatch.chdir("/")
+    for arguments in (["--run", run], ["--run", run, "--preset", str(tmp_path / "mine.yml")]):
+        again = execute.resolve(execute._parse(arguments))
+        assert again[1] == given and again[3] == record
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), runs.Failed("x"), ValueError("x")])

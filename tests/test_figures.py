@@ -148,6 +148,8 @@ def test_sweeps_mark_the_chosen_bar_and_share_one_axis():
         assert [bar.get_height() for bar in axis.patches] == list(row.values())
         assert axis.patches[0].get_facecolor() != axis.patches[1].get_facecolor()
     assert len(figure.subfigs) == 2
+    below = figures.sweeps({"x": {"a": -0.2, "b": 0.3}}, chosen={"x": "a"}, ylabel="value")
+    assert below.axes[0].get_ylim()[0] < -0.2
 
 
 def test_a_map_asks_for_the_pictures_that_it_shows():

@@ -147,6 +147,14 @@ def test_pixels_covered_by_half_belong_to_a_mask():
     np.testing.assert_array_equal(moved, expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (1, 1)])
+def test_a_mask_one_pixel_wide_covers_what_it_covers(shape):
+    moved = place.warp_mask(np.ones(shape, bool), np.array([[1.0, 0, 2], [0, 1, 1]]), (8, 9))
+    expected = np.zeros((8, 9), bool)
+    expected[1 : 1 + shape[0], 2 : 2 + shape[1]] = True
+    np.testing.assert_array_equal(moved, expected)
+
+
 def lanczos_at(image, x, y, lobes=4):
     """One value, the slow literal way."""
     window = lambda t: np.sinc(t) * np.sinc(t / lobes)  # noqa: E731

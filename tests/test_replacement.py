@@ -337,12 +337,18 @@ def test_compose_errors():
     make = dict(rng=np.random.default_rng(0))
     with pytest.raises(CompositeError, match="image 'other' has no segment in the pool"):
         rep.compose(images["im0"], np.str_("other"), pool, Sampler(pool), images.get, **make)
-    for bad in ({"area_range": (0.5, 0.2)}, {"method": "tps"}, {"stain": "best"}):
+    for bad in (
+        {"area_range": (0.5, 0.2)}, {"method": "tps"}, {"stain": "best"}, {"max_overlap": 7},
+        {"min_fit": -3}, {"scale_limits": (0, 2), "min_fit": 0.5},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             rep.compose(images["im0"], "im0", pool, Sampler(pool), images.get, **make, **bad)
     other = images["im0"][:-3]
     with pytest.raises(ValueError, match=f"'im0' is {len(other)} x .* segments in the pool"):
         rep.compose(other, "im0", pool, Sampler(pool), images.get, **make)
+    enlarged = {k: v if k == "im0" else v.repeat(2, 0).repeat(2, 1) for k, v in images.items()}
+    with pytest.raises(ValueError, match="is 192 x 192 pixels, its segments in the pool 96 x 96"):
+        rep.compose(images["im0"], "im0", pool, Sampler(pool), enlarged.get, **make)
 
 
 def test_glass_is_pasted_without_stain_matching():
@@ -595,12 +601,17 @@ def test_a_target_that_is_new_already_is_passed_over(crossing):
             compose_crossing(crossing, seed, area_range=(0.16, 1.0), max_overlap=0.1)
 
 
-@pytest.mark.parametrize("stain", ["transport", "reinhard"])
-def test_a_stained_paste_is_that_of_the_whole_source_matched(crossing, stain):
+@pytest.mark.parametrize(
+    ("stain", "feather"), [("transport", 0), ("reinhard", 0), ("transport", 4)]
+)
+def test_a_stained_paste_is_that_of_the_whole_source_matched(crossing, stain, feather):
     """Only the part of the source that shows is matched, which must not show."""
     pool, images = crossing
-    made = compose_crossing(crossing, 0, stain=stain)
+    made = compose_crossing(
+        crossing, 0, stain=stain, feather=feather, band=3 * feather, area_range=(0.15, 1.0),
+        scale_limits=(0.4, 0.6),
+    )  # fmt: skip
     assert {done["stain"] for done in made.replacements} == {stain}
-    image, _ = rep.paste_again(images["im0"], made.replacements, pool, images.get)
-    difference = np.abs(image.astype(int) - made.image)[made.pasted]
+    image, _ = rep.paste_again(images["im0"], made.replacements, pool, images.get, feather=feather)
+    difference = np.abs(image.astype(int) - made.image)[made.pasted | made.unknown]
     assert (difference > 1).mean() < 1e-3

@@ -79,6 +79,16 @@ def test_what_json_cannot_hold_is_named(tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
+def test_parameters_are_kept_exactly(run_root, source):
+    third = 1 / 3
+    runs.dump(run_root / "x.json", {"a": third}, exact=True)
+    assert runs.load(run_root / "x.json") == {"a": third}
+    finish_tissue()
+    runs.begin(FIRST, params(FIRST, sigma=third)).finish({})
+    assert runs.begin(SECOND, params(SECOND)).parameters(FIRST).sigma == third
+    assert runs.up_to_date("r", FIRST, params(FIRST, sigma=third)) == (True, "up to date")
+
+
 def test_paths_are_refused_in_results(tmp_path):
     with pytest.raises(TypeError, match="same on every machine"):
         runs.dump(tmp_path / "x.json", {"a": tmp_path})
@@ -283,6 +293,17 @@ def test_what_was_damaged_or_lost_is_found(run_root, source):
     assert runs.up_to_date("r", TISSUE, params(TISSUE)) == (False, "damaged or missing: images.csv")
 
 
+def test_an_input_counts_as_it_was_when_it_was_read(run_root, source):
+    """Another process may finish chapter 00 anew while 01 still works on the old one."""
+    finish_tissue()
+    stage = runs.begin(FIRST, params(FIRST))
+    assert stage.results(TISSUE)["n"] == 1
+    runs.dump(run_root / "r" / TISSUE / "results.json", {"n": 2})
+    stage.finish({})
+    changed = (False, "input changed: 00_tissue/results.json")
+    assert runs.up_to_date("r", FIRST, params(FIRST)) == changed
+
+
 def test_a_checkpoint_trained_anew_in_place_is_found(run_root, source, tmp_path):
     """By the chapter that names it, and by a later one that reads the name from that chapter."""
     file = tmp_path / "w.safetensors"
@@ -373,6 +394,8 @@ def test_a_change_in_the_data_folder_is_found(run_root, source, tmp_path):
     finish_tissue(data_root=str(data))
     assert runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))[0]
     (data / ".DS_Store").write_bytes(b"x")
+    (data / ".ipynb_checkpoints").mkdir()
+    (data / ".ipynb_checkpoints" / "a.csv").write_bytes(b"x")
     assert runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))[0]
     (data / "new.png").write_bytes(b"x")
     changed = runs.up_to_date("r", TISSUE, params(TISSUE, data_root=str(data)))

@@ -143,6 +143,8 @@ def test_v_loss_is_the_weighted_eps_loss():
     v = dsm_loss(lambda z, t: guess, z0, A, t=t, noise=noise, prediction="v_prediction")
     e = dsm_loss(to_eps, z0, A, t=t, noise=noise)
     torch.testing.assert_close(e, A[t] * v)
+    with pytest.raises(ValueError, match="prediction 'eps': use epsilon or v_prediction"):
+        dsm_loss(to_eps, z0, A, t=t, noise=noise, prediction="eps")
 
 
 def test_posterior_is_that_of_the_joint_normal():

@@ -182,6 +182,9 @@ def test_finished_images_are_not_healed_again_unless_the_recipe_changes(tmp_path
     assert sum(calls) == 12
     _synthesise(tmp_path, heal=counting, provenance={**PROVENANCE, "seed": 1})
     assert sum(calls) == 18
+    with pytest.raises(TypeError, match="not JSON serializable"):  # before anything is healed
+        _synthesise(tmp_path, heal=counting, provenance={"folder": tmp_path})
+    assert sum(calls) == 18
 
 
 def test_images_of_other_composites_are_healed_again(tmp_path):
