@@ -23,7 +23,7 @@ from helpers.anchors import Prompted, anchors, match_glands, take
 from helpers.sam import check_image, default_batch
 
 
-def slic_alone(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np.ndarray:
+def slic_alone(image: np.ndarray, n: int) -> np.ndarray:
     """Segments by SLIC alone, about `n` of them.
 
     Parameters
@@ -32,8 +32,6 @@ def slic_alone(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np.nd
     n : int
         Number of segments; the number asked of SLIC is adjusted until the number returned is
         nearest to it.
-    compactness : float
-        Weight of position against colour.
 
     Returns
     -------
@@ -43,7 +41,7 @@ def slic_alone(image: np.ndarray, n: int, *, compactness: float = 10.0) -> np.nd
     image = check_image(image)
 
     def attempt(ask: float) -> np.ndarray:
-        return _slic(image, max(1, round(ask)), compactness)
+        return _slic(image, max(1, round(ask)))
 
     return _nearest_count(attempt, n, start=n, rising=True)
 
@@ -61,7 +59,7 @@ def slic_merged(image: np.ndarray, n: int, *, finer: int = 8) -> np.ndarray:
     """
     _check_count(n)
     image = check_image(image)
-    labels = _slic(image, finer * n, 10.0)
+    labels = _slic(image, finer * n)
     count = np.bincount(labels.ravel())
     if len(count) <= n:
         return _masks(labels)
@@ -197,7 +195,7 @@ def rivals(
     n : int
         Segments asked of each method.
     settings : mapping
-        Of :func:`helpers.anchors.anchors`, `min_area` among them.
+        Of :func:`helpers.anchors.anchors`.
     crop_n_layers : int
         Of :func:`automatic`, which is asked for as many prompts as `prompted` has.
     with_automatic : bool
@@ -213,7 +211,8 @@ def rivals(
     if with_automatic:
         ways["automatic masks"] = partial(
             automatic, sam, image, n, n_prompts=sum(int(crop.asked.sum()) for crop in prompted),
-            crop_n_layers=crop_n_layers, min_area=settings["min_area"],
+            crop_n_layers=crop_n_layers,
+            **{name: settings[name] for name in ("min_area", "max_area") if name in settings},
         )  # fmt: skip
     return ways
 
@@ -270,8 +269,8 @@ def _layers(side: int, n_layers: int) -> int:
     return min(n_layers, side.bit_length() - 1)
 
 
-def _slic(image: np.ndarray, n: int, compactness: float) -> np.ndarray:
-    labels = slic(image, n, compactness=compactness, sigma=2.0, start_label=0)
+def _slic(image: np.ndarray, n: int) -> np.ndarray:
+    labels = slic(image, n, compactness=10.0, sigma=2.0, start_label=0)
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
 
 

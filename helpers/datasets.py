@@ -296,10 +296,10 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
             ) from None
         picture = _as_rgb(picture, path)
         if image_size is None:
-            return np.asarray(picture)
+            return np.array(picture)
         box = _centre_box(*picture.size)
         square = picture.resize((image_size,) * 2, Image.Resampling.LANCZOS, box=box)
-        return np.asarray(square)
+        return np.array(square)
 
 
 def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
@@ -637,9 +637,9 @@ def _load_ihc(name, image_size, seed, limits):
     def tile(top, left):
         cut = _ihc_image()[top : top + 256, left : left + 256]
         if image_size == 256:
-            return np.ascontiguousarray(cut)
+            return cut.copy()
         square = Image.fromarray(cut).resize((image_size,) * 2, Image.Resampling.LANCZOS)
-        return np.asarray(square)
+        return np.array(square)
 
     limit = limits.get("train")
     tiles = tiles if limit is None else tiles[:limit]
@@ -896,19 +896,23 @@ _KBSMC_SPLIT = {
 def _load_kbsmc(root, image_size, seed, limits):
     """Read the colorectal set of the paper: arrays and slides for Test I, 45 slides for Test II."""
     rows = []
-    for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
-        split = _KBSMC_SPLIT.get(folder.name.lower().replace("_", ""))
-        if split is None:
+    for path in _pictures(root, "**/*.jpg"):
+        parents = path.relative_to(root).parents
+        folder = next((p.name for p in parents if _kbsmc_key(p.name) in _KBSMC_SPLIT), None)
+        if folder is None:
             continue
-        for path in _pictures(folder, "**/*.jpg"):
-            k = _digit(path, r"_(\d)$", 0)
-            core = re.sub(r"_\d$", "", path.stem).split("_")[0]
-            rows.append((str(path), KBSMC_CLASSES[k], split, f"{folder.name}/{core}", "A"))
+        k, split = _digit(path, r"_(\d)$", 0), _KBSMC_SPLIT[_kbsmc_key(folder)]
+        core = re.sub(r"_\d$", "", path.stem).split("_")[0]
+        rows.append((str(path), KBSMC_CLASSES[k], split, f"{folder}/{core}", "A"))
     for path in _pictures(root, "**/wsi_*/*/*.png"):
         k = _digit(path, r"(\d)$", 1)
-        slide = next(p for p in path.parents if re.fullmatch(r"wsi_\w+", p.name)).name
+        slide = path.parents[1].name
         rows.append((str(path), KBSMC_CLASSES[k], "test2", f"test2/{slide}", "B"))
     return _paper_set("kbsmc-colon", KBSMC_CLASSES, rows, root, image_size, seed, limits)
+
+
+def _kbsmc_key(folder: str) -> str:
+    return folder.lower().replace("_", "")
 
 
 _USZ_SPLIT = {"111": "train", "199": "train", "204": "train", "76": "val", "80": "test"}
@@ -974,7 +978,7 @@ def _load_pathmnist(root, image_size, seed, limits):
 
     def scaled(pixels):
         picture = Image.fromarray(pixels)
-        return np.asarray(picture.resize((image_size,) * 2, Image.Resampling.LANCZOS))
+        return np.array(picture.resize((image_size,) * 2, Image.Resampling.LANCZOS))
 
     access = {i: (lambda pixels=pixels: scaled(pixels)) for i, pixels in images.items()}
     return Dataset("pathmnist", PATHMNIST_CLASSES, records[list(COLUMNS)], access, {})

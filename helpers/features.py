@@ -458,10 +458,10 @@ def _ctranspath_from_hub(hub: str) -> nn.Module:
 
 def _timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names of today's timm: downsampling opens a stage now, it closed the one before it then."""
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
     old = "layers.0.downsample.reduction.weight" in weights
     renamed = {}
     for key, value in weights.items():
-        key = key.removeprefix("module.")
         if key.endswith(("relative_position_index", "attn_mask")) or key.startswith("head."):
             continue
         if old and ".downsample." in key:

@@ -181,6 +181,10 @@ def stain_matrix(*, seed=0, site="A", patient=0, stain="HE"):
     (2, 3) float64 ndarray
         Optical density of one unit of each dye; the length of a row is the dye's strength.
     """
+    if site not in SITES:
+        raise ValueError(f"site {site!r} is unknown; choose one of {list(SITES)}.")
+    if stain not in ("HE", "IHC"):
+        raise ValueError(f"stain {stain!r} is unknown; choose 'HE' or 'IHC'.")
     rng = _rng(seed, "stain", site, patient, stain)
     base = normalise_stains(STAIN_HE if stain == "HE" else STAIN_IHC)
     strength = np.ones(2)
@@ -201,11 +205,13 @@ def stain_matrix(*, seed=0, site="A", patient=0, stain="HE"):
 # Random fields and small geometry
 # --------------------------------------------------------------------------------------------
 def _rng(*key):
-    """Independent generator for a key of ints and strings."""
+    """Independent generator for a key of ints and of strings of at most 8 bytes."""
     words = []
     for part in key:
         if isinstance(part, str):
-            words.append(int.from_bytes(part.encode()[:16].ljust(1, b"0"), "little") % (2**63))
+            if not 0 < len(part.encode()) <= 8:
+                raise ValueError(f"key {part!r} has no or more than 8 bytes, and would be cut.")
+            words.append(int.from_bytes(part.encode(), "little") % 2**63)
         else:
             words.append(int(part))
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
@@ -244,11 +250,27 @@ class _Canvas:
             out = cv2.resize(out, full[::-1], interpolation=cv2.INTER_LINEAR)
         return out * np.float32(1.35)
 
+    def pixels(self, points):
+        """Rows and columns of the working pixels at points in micrometres, (n, 2) XY."""
+        columns, rows = (points * self.k).astype(int).T
+        return np.clip(rows, 0, self.shape[0] - 1), np.clip(columns, 0, self.shape[1] - 1)
+
     def at(self, image, points):
         """Values of a working image at points in micrometres, (n, 2) XY."""
-        j = np.clip((points[:, 0] * self.k).astype(int), 0, self.shape[1] - 1)
-        i = np.clip((points[:, 1] * self.k).astype(int), 0, self.shape[0] - 1)
-        return image[i, j]
+        return image[self.pixels(points)]
+
+    def drawn(self, polygons, values=1):
+        """(H, W) int32 ndarray: polygons in micrometres, one value each, later ones on top."""
+        image = np.zeros(self.shape, np.int32)
+        pts = np.round((polygons * self.k - 0.5) * 16).astype(np.int32)  # sub-pixel vertices
+        values = np.broadcast_to(values, len(pts)).tolist()
+        for p, value in zip(pts, values, strict=True):
+            cv2.fillConvexPoly(image, p, value, lineType=cv2.LINE_8, shift=4)
+        return image
+
+    def soft(self, polygons, sigma):
+        """(H, W) float32 ndarray in [0, 1]: polygons in micrometres, blurred."""
+        return self.blur(self.drawn(polygons).astype(np.float32), sigma)
 
     def distance(self, mask):
         """Distance of each pixel of `mask` to the nearest one outside it, micrometres."""
@@ -307,7 +329,7 @@ def _gland_fields(canvas, rng, spec):
 
     Returns
     -------
-    labels : (H, W) int32, inside : (H, W) bool, kinds : dict of per-gland arrays
+    labels : (H, W) int32, inside : (H, W) bool, draw : (n, 4) float a gland, direction : float
     """
     h, w = canvas.extent
     step = 1.6
@@ -388,35 +410,22 @@ def _gland_fields(canvas, rng, spec):
     ).astype(np.int32)
     inside = level > 0
     labels = np.where(inside, owner, 0).astype(np.int32)
-    return labels, inside, {"draw": kind_draw, "phase": phase, "direction": direction}
+    return labels, inside, kind_draw, direction
 
 
 def _separate(labels, inside, canvas):
-    """Connected components of the gland labels without specks, numbered 1..n."""
-    out = np.zeros_like(labels)
+    """Connected components of the gland labels without specks, numbered 1..n, and their labels."""
     n, comp, stats, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8), connectivity=4)
-    owner = np.zeros(n, np.int64)
-    area_min = 90 * canvas.k**2
+    large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= 90 * canvas.k**2) + 1
     lut = np.zeros(n, np.int32)
-    count = 0
-    for i in range(1, n):
-        if stats[i, cv2.CC_STAT_AREA] < area_min:
-            continue
-        x, y, ww, hh = stats[i, :4]
-        window = comp[y : y + hh, x : x + ww] == i
-        values = labels[y : y + hh, x : x + ww][window]
-        count += 1
-        lut[i] = count
-        if count >= len(owner):
-            owner = np.append(owner, 0)
-        owner[count] = np.bincount(values).argmax()
-    out = lut[comp]
-    return out, owner[: count + 1]
+    lut[large] = np.arange(1, len(large) + 1)
+    owner = [np.bincount(labels[comp == i]).argmax() for i in large]
+    return lut[comp], np.array([0, *owner], np.int64)
 
 
-def _lumina(canvas, rng, spec, glands, owner, depth, kinds):
+def _lumina(canvas, rng, spec, glands, owner, depth, draw):
     """Lumen mask: what lies deeper than the epithelium, and the holes of sieve-like glands."""
-    draw = kinds["draw"][np.maximum(owner - 1, 0) % len(kinds["draw"])]
+    draw = draw[np.maximum(owner - 1, 0) % len(draw)]
     thickness = spec.thickness[0] + draw[:, 0] * (spec.thickness[1] - spec.thickness[0])
     solid = draw[:, 1] < spec.solid
     deepest = np.zeros(len(owner), np.float32)
@@ -435,11 +444,9 @@ def _lumina(canvas, rng, spec, glands, owner, depth, kinds):
         points = _scatter(rng, canvas.extent, 27.0)
         radii = rng.uniform(3.5, 11.0, len(points))
         ok = (canvas.at(mask.astype(np.uint8), points) > 0) & (canvas.at(depth, points) > radii + 8)
-        holes = np.zeros(canvas.shape, np.uint8)
         angles = rng.uniform(0, np.pi, len(points))
         shape = _blobs(rng, points[ok], radii[ok] * 2.2, radii[ok] * 1.7, angles[ok], wobble=0.14)
-        _fill(holes, shape, canvas.k, 1)
-        lumen |= (holes > 0) & mask
+        lumen |= (canvas.drawn(shape) > 0) & mask
     lumen = cv2.morphologyEx(lumen.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0
     return lumen
 
@@ -462,14 +469,6 @@ def _blobs(rng, centres, lengths, widths, angles, *, wobble=0.05, pear=0.0):
     v = 0.5 * np.asarray(widths)[:, None] * r * np.sin(_THETA) * (1 + pear * np.cos(_THETA))
     c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
     return np.stack([centres[:, :1] + u * c - v * s, centres[:, 1:] + u * s + v * c], axis=-1)
-
-
-def _fill(image, polygons, k, values):
-    """Draw polygons in micrometres with sub-pixel vertices, one value each."""
-    pts = np.round((polygons * k - 0.5) * 16).astype(np.int32)
-    values = np.broadcast_to(values, len(pts)).tolist()
-    for p, value in zip(pts, values, strict=True):
-        cv2.fillConvexPoly(image, p, value, lineType=cv2.LINE_8, shift=4)
 
 
 def _row_points(canvas, rng, field_um, depth, pitch):
@@ -649,15 +648,15 @@ def _fibres(canvas, rng, outside, direction):
 
 def _densities(canvas, rng, spec, size, darkness, ihc):
     """Draw one field: dye densities and ground truth at working resolution."""
-    labels, inside, kinds = _gland_fields(canvas, rng, spec)
+    labels, inside, draw, direction = _gland_fields(canvas, rng, spec)
     glands, owner = _separate(labels, inside, canvas)
     mask = glands > 0
     depth, outside = canvas.distance(mask), canvas.distance(~mask)
-    lumen = _lumina(canvas, rng, spec, glands, owner, canvas.blur(depth, 1.5), kinds)
+    lumen = _lumina(canvas, rng, spec, glands, owner, canvas.blur(depth, 1.5), draw)
     to_lumen = np.minimum(canvas.distance(~lumen), 1e3)
     tissue = mask & ~lumen
 
-    flow, fibre = _fibres(canvas, rng, outside, kinds["direction"] + rng.normal(0, 0.3))
+    flow, fibre = _fibres(canvas, rng, outside, direction + rng.normal(0, 0.3))
     texture = _Texture(*(canvas.noise(rng, scale) for scale in (0.9, 2.2, 24.0)))
     inflammation = _smoothstep(canvas.noise(rng, 32.0) + 0.4 * canvas.noise(rng, 9.0), -0.9, 1.2)
     haem, eosin, cleft = _stroma(canvas, rng, spec, outside, fibre, inflammation, texture)
@@ -744,30 +743,16 @@ def _vessels(canvas, rng, outside, haem, eosin, fine):
         r = float(min(room - 2.0, rng.uniform(4, 10)))
         angle = rng.uniform(0, np.pi)
         shape = _blobs(rng, p[None], [2.6 * r], [1.5 * r], [angle], wobble=0.10)
-        disc = np.zeros(canvas.shape, np.uint8)
-        _fill(disc, shape, canvas.k, 1)
-        soft = canvas.blur(disc.astype(np.float32), 0.5)
+        soft = canvas.soft(shape, 0.5)
         haem = haem * (1 - 0.9 * soft)
         eosin = eosin * (1 - 0.9 * soft) + 0.25 * canvas.blur(soft * (1 - soft), 0.5)
         blocked = np.maximum(blocked, soft)
         cells = p + rng.normal(0, r * 0.45, (int(rng.integers(2, 14)), 2))
         cells = cells[canvas.at(soft, cells) > 0.6]
-        red = np.zeros(canvas.shape, np.uint8)
         if len(cells):
-            _fill(
-                red,
-                _blobs(
-                    rng,
-                    cells,
-                    np.full(len(cells), 5.2),
-                    np.full(len(cells), 4.6),
-                    rng.uniform(0, 3, len(cells)),
-                    wobble=0.06,
-                ),
-                canvas.k,
-                1,
-            )
-            redness = canvas.blur(red.astype(np.float32), 0.4)
+            sides = np.full((2, len(cells)), [[5.2], [4.6]])
+            shape = _blobs(rng, cells, *sides, rng.uniform(0, 3, len(cells)), wobble=0.06)
+            redness = canvas.soft(shape, 0.4)
             eosin = eosin * (1 - redness) + redness * (0.75 + 0.08 * fine)
     return haem, eosin, blocked
 
@@ -796,15 +781,9 @@ def _paint_debris(canvas, rng, debris, haem, eosin):
     points = _scatter(rng, canvas.extent, 5.0)
     points = points[(canvas.at(debris, points) > 0.5) & (rng.uniform(size=len(points)) < 0.5)]
     if len(points):
-        dust = np.zeros(canvas.shape, np.uint8)
         d = rng.uniform(1.2, 4.2, len(points))
-        _fill(
-            dust,
-            _blobs(rng, points, d, d * 0.8, rng.uniform(0, 3, len(d)), wobble=0.12),
-            canvas.k,
-            255,
-        )
-        soft = canvas.blur(dust.astype(np.float32) / 255, 0.4)
+        shape = _blobs(rng, points, d, d * 0.8, rng.uniform(0, 3, len(d)), wobble=0.12)
+        soft = canvas.soft(shape, 0.4)
         haem = haem + 0.55 * soft
         eosin = eosin + 0.10 * soft
     return haem, eosin
@@ -824,19 +803,15 @@ def _goblets(canvas, rng, spec, glands, depth, to_lumen, haem, eosin):
         keep = _thin(points, sizes, np.zeros(len(points)), sizes, overlap=0.72)
         points, sizes = points[keep], sizes[keep]
         seeds = np.full(canvas.shape, 1, np.uint8)
-        j = np.clip((points[:, 0] * canvas.k).astype(int), 0, canvas.shape[1] - 1)
-        i = np.clip((points[:, 1] * canvas.k).astype(int), 0, canvas.shape[0] - 1)
-        seeds[i, j] = 0
+        at = canvas.pixels(points)
+        seeds[at] = 0
         reach, zone = cv2.distanceTransformWithLabels(
             seeds, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
         )
         take = np.zeros(int(zone.max()) + 1, np.float32)
         limit = 0.58 * sizes * np.exp(rng.normal(0, 0.12, len(points)))
-        take[zone[i, j]] = np.where(rng.uniform(size=len(points)) < spec.goblet, limit, 0)
-        wall = np.zeros(canvas.shape, np.uint8)
-        wall[:, 1:] |= zone[:, 1:] != zone[:, :-1]
-        wall[1:, :] |= zone[1:, :] != zone[:-1, :]
-        vac = (reach / np.float32(canvas.k) < take[zone]) & (wall == 0) & (depth > 8.2)
+        take[zone[at]] = np.where(rng.uniform(size=len(points)) < spec.goblet, limit, 0)
+        vac = (reach / np.float32(canvas.k) < take[zone]) & ~_seams(zone) & (depth > 8.2)
         vac = (vac & (to_lumen > 1.2)).astype(np.uint8)
     vac &= (glands > 0).astype(np.uint8)
     edge = cv2.distanceTransform(vac, cv2.DIST_L2, 3) / np.float32(canvas.k)
@@ -850,9 +825,8 @@ def _goblets(canvas, rng, spec, glands, depth, to_lumen, haem, eosin):
 def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, texture, darkness, vacuole):
     """Nuclei with chromatin, membrane and nucleoli; returns densities, labels, cell borders."""
     n = len(cells["points"])
-    nuclei = np.zeros(canvas.shape, np.int32)
-    borders = np.zeros(canvas.shape, np.float32)
     if n == 0:
+        nuclei, borders = np.zeros(canvas.shape, np.int32), np.zeros(canvas.shape, np.float32)
         return haem, eosin, nuclei, borders
     polygons = _blobs(
         rng,
@@ -865,24 +839,14 @@ def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, texture, darkne
     # tumour cells in the stroma bring a little cytoplasm of their own
     lone = cells["kind"] == 3
     if lone.any():
-        body = np.zeros(canvas.shape, np.uint8)
-        _fill(
-            body,
-            _blobs(
-                rng,
-                cells["points"][lone],
-                cells["length"][lone] * 1.7,
-                cells["width"][lone] * 1.7,
-                cells["angles"][lone],
-                wobble=0.10,
-            ),
-            canvas.k,
-            255,
+        length, width = cells["length"][lone] * 1.7, cells["width"][lone] * 1.7
+        shape = _blobs(
+            rng, cells["points"][lone], length, width, cells["angles"][lone], wobble=0.10
         )
-        soft = canvas.blur(body.astype(np.float32) / 255, 0.6)
+        soft = canvas.soft(shape, 0.6)
         haem = haem * (1 - soft) + soft * spec.cytoplasm[0]
         eosin = eosin * (1 - soft) + soft * spec.cytoplasm[1]
-    _fill(nuclei, polygons, canvas.k, np.arange(1, n + 1))
+    nuclei = canvas.drawn(polygons, np.arange(1, n + 1))
     inside = (nuclei > 0).astype(np.uint8)
     chroma = np.concatenate([[0], cells["chroma"] * darkness]).astype(np.float32)
     vesicular = np.concatenate(
@@ -900,11 +864,9 @@ def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, texture, darkne
     eosin = eosin * (1 - 0.45 * soft) + 0.10 * soft
     spots = np.flatnonzero((rng.uniform(size=n) < spec.nucleoli) & (cells["kind"] % 3 == 0))
     if len(spots):
-        dots = np.zeros(canvas.shape, np.uint8)
         where = cells["points"][spots] + rng.normal(0, 0.7, (len(spots), 2))
         d = rng.uniform(1.2, 2.0, len(spots))
-        _fill(dots, _blobs(rng, where, d, d, np.zeros(len(d))), canvas.k, 255)
-        dot = canvas.blur(dots.astype(np.float32) / 255, 0.3) * inside
+        dot = canvas.soft(_blobs(rng, where, d, d, np.zeros(len(d))), 0.3) * inside
         haem = haem + 0.40 * dot
         eosin = eosin + 0.12 * dot
     # territories of the cells: the border of the zones nearest to each nucleus
@@ -913,13 +875,17 @@ def _paint_nuclei(canvas, rng, spec, cells, haem, eosin, tissue, texture, darkne
     )
     ids = np.zeros(int(pixel.max()) + 1, np.int32)
     ids[pixel[inside > 0]] = nuclei[inside > 0]
-    zone = ids[pixel]
-    diff = np.zeros(canvas.shape, np.float32)
-    diff[:, 1:] += zone[:, 1:] != zone[:, :-1]
-    diff[1:, :] += zone[1:, :] != zone[:-1, :]
-    borders = canvas.blur(np.minimum(diff, 1), 0.45) * tissue
+    borders = canvas.blur(_seams(ids[pixel]).astype(np.float32), 0.45) * tissue
     eosin = eosin + 0.10 * borders * (1 - soft) * (1 - vacuole)
     return haem, eosin, nuclei, borders
+
+
+def _seams(labels):
+    """Pixels whose label is not that of the neighbour to the left or above."""
+    seams = np.zeros(labels.shape, bool)
+    seams[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    seams[1:, :] |= labels[1:, :] != labels[:-1, :]
+    return seams
 
 
 def _immunostain(canvas, rng, haem, eosin, nuclei, tissue, borders, to_lumen, texture, vacuole):
@@ -1020,8 +986,9 @@ def render(
 ):
     """Render one field of tissue.
 
-    The tissue depends on (seed, index, grade, organ, patient) and on the extent of the field, not
-    on the number of pixels: the same field at another size, or at another site, is the same tissue.
+    The tissue depends on (seed, index, grade, organ, patient) and on the extent of the field in
+    micrometres: the same field at another site is the same tissue, and with another number of
+    pixels it has the same glands, while nuclei are drawn anew.
 
     Parameters
     ----------
@@ -1065,13 +1032,11 @@ def render(
     spec = architecture or ARCHITECTURES[organ, grade]
     if ihc:
         spec = replace(spec, retraction=0.05, lymphocytes=0.3 * spec.lymphocytes)
-    margin = int(np.ceil(_MARGIN / mpp))
     k = ss / mpp
-    canvas = _Canvas((H + 2 * margin) * mpp, (W + 2 * margin) * mpp, k)
+    canvas = _Canvas(H * mpp + 2 * _MARGIN, W * mpp + 2 * _MARGIN, k)
     haem, eosin, glands, lumen, nuclei = _densities(canvas, rng, spec, size_factor, darkness, ihc)
-    top = round(margin * canvas.shape[0] / (H + 2 * margin))
-    left = round(margin * canvas.shape[1] / (W + 2 * margin))
-    crop = np.s_[top : canvas.shape[0] - top, left : canvas.shape[1] - left]
+    edge = round(_MARGIN * k)
+    crop = np.s_[edge : canvas.shape[0] - edge, edge : canvas.shape[1] - edge]
     if isinstance(stain, str):
         stains = stain_matrix(seed=seed, site=site, patient=patient, stain=stain)
     else:

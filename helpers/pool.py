@@ -72,7 +72,7 @@ class ClassPca:
 
     @property
     def n_components(self) -> int:
-        """Components kept, min(p asked for, n, d)."""
+        """Components kept: min(p asked for, n - 1, d), but one of a class of one segment."""
         return len(self.components)
 
     def transform(self, features: np.ndarray) -> np.ndarray:
@@ -507,6 +507,8 @@ def agreement_by_chance(labels: Sequence[str], images: Sequence[str]) -> float:
     label, image = (
         np.unique(np.asarray(each), return_inverse=True)[1] for each in (labels, images)
     )
+    if not len(label):
+        return float("nan")
     together = np.zeros((label.max() + 1, image.max() + 1))
     np.add.at(together, (label, image), 1)
     alike = together.sum(1)[label] - together[label, image]
@@ -562,6 +564,8 @@ def _nearest(
 
     Rows are -1 where there are fewer than k of them.
     """
+    if not len(features):
+        return np.zeros(0, int), np.zeros((0, k), int)
     features = np.asarray(features, np.float64)
     norms = (features**2).sum(axis=1)
     queries = np.unique(np.linspace(0, len(features) - 1, max_queries).astype(int))
@@ -596,6 +600,8 @@ def map_to_plane(features: np.ndarray, *, seed: int = 0) -> np.ndarray:
     n = len(features)
     if n < 3:
         return np.stack([np.arange(n), np.zeros(n)], axis=1).astype(float)
+    if features.shape[1] < 2:
+        features = np.pad(features, ((0, 0), (0, 1)))
     short = PCA(min(50, *features.shape), svd_solver="full").fit_transform(features)
     if n < 20:
         return short[:, :2]

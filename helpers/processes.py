@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -77,10 +78,20 @@ def in_threads(
     if min(workers, len(items)) < 2:
         yield from map(work, items)
         return
-    each = max(1, threads // workers)
+    each, failed = max(1, threads // workers), threading.Event()
+
+    def unless_failed(item: Item) -> Result | None:
+        if failed.is_set():  # an earlier item will raise its error before this one is asked for
+            return None
+        try:
+            return work(item)
+        except BaseException:
+            failed.set()
+            raise
+
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as p:
-            yield from p.map(work, items)
+            yield from p.map(unless_failed, items)
     finally:
         torch.set_num_threads(threads)
 

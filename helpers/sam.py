@@ -296,7 +296,7 @@ def _read_small(path: Path, image_size: int | None) -> Sam:
     if image_size:
         built["image_size"] = image_size
     sam = build_small_sam(**built)
-    sam.load_state_dict({key: value.float() for key, value in state.items()})
+    _fill(sam, {key: value.float() for key, value in state.items()}, path)
     return sam
 
 
@@ -315,11 +315,18 @@ def _read_official(path: Path) -> Sam:
             "Only the official architectures are supported."
         )
     sam = build_official(kind)
+    _fill(sam, state, path)
+    return sam
+
+
+def _fill(sam: Sam, state: dict[str, torch.Tensor], path: Path) -> None:
     try:
         sam.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {kind}: {str(error)[:300]}") from error
-    return sam
+        raise ValueError(
+            f"{path} holds other tensors than its network has ({str(error)[:300]}). Download the "
+            "checkpoint, or train it, again."
+        ) from error
 
 
 def build_official(kind: str) -> Sam:

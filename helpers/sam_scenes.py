@@ -349,6 +349,11 @@ class Scenes:
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return image (S, S, 3) and levels (LEVELS, S, S) of a random scene."""
+        if not self.shards:
+            raise ValueError(
+                f"{self.folder} holds no scenes (shard_*.npy): draw them first with "
+                "`python -m helpers.train_sam --prepare-only`, or leave out --no-prepare."
+            )
         shard = self.shards[sorted(self.shards)[int(rng.integers(len(self.shards)))]]
         data = np.asarray(shard[int(rng.integers(len(shard)))])
         return data[:3].transpose(1, 2, 0), data[3:]

@@ -265,8 +265,8 @@ def tidy(segments: Segments) -> Segments:
     Returns
     -------
     Segments
-        In the same order and under the same numbers; area, centroid, box and border are measured
-        anew.
+        In the same order and under the same numbers and labels; area, centroid, box and border
+        are measured anew.
     """
     table, rows = segments.table, rows_by_image(segments.table)
     cleaned = {
@@ -281,7 +281,8 @@ def tidy(segments: Segments) -> Segments:
     given = [rows[i] for i in segments.images["image_id"] if i in rows]
     order = np.argsort(np.concatenate(given)) if given else np.zeros(0, int)
     measured = by_image.table.iloc[order].reset_index(drop=True)
-    measured["segment_id"] = table["segment_id"]
+    kept = ["segment_id", *(key for key in _IMAGE_KEYS if key in table)]
+    measured[kept] = table[kept]
     return Segments(by_image.images, measured, tuple(by_image.rles[i] for i in order))
 
 
@@ -482,10 +483,10 @@ def _to_coco(segments: Segments, info: dict) -> dict:
             },
             "area": int(row["area"]),
             "bbox": [int(row[k]) for k in "xywh"],
-            "centroid": [round(float(row["cx"]), 4), round(float(row["cy"]), 4)],
+            "centroid": [float(row["cx"]), float(row["cy"])],
             "iscrowd": 0,
             "border": bool(row["border"]),
-            "score": round(float(row["score"]), 6),
+            "score": float(row["score"]),
             "superpixel": int(row["superpixel"]),
         }
         for row, rle in zip(segments.table.to_dict("records"), segments.rles, strict=True)

@@ -12,7 +12,6 @@ import argparse
 import copy
 import hashlib
 import pickle
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from helpers.config import torch_device
 from helpers.diffusion import dsm_loss
-from helpers.files import replacing
+from helpers.files import replacing, sha256
 from helpers.latent import (
     AUTOENCODER_WEIGHTS,
     UNET_WEIGHTS,
@@ -57,9 +56,9 @@ from helpers.training import (
     Trainer,
     add_average,
     average,
-    digest,
     drawn_with,
     machine,
+    with_digest,
 )
 
 __all__ = [
@@ -703,7 +702,7 @@ def _write_card(trainer: Trainer, path: Path, command: str) -> None:
 {machine(trainer.device)} |
 | held-out score | {score} |
 | licence | {licence} |
-| SHA-256 | `{digest(path)}` |
+| SHA-256 | `{sha256(path)}` |
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """, encoding="utf-8")  # fmt: skip
@@ -729,7 +728,7 @@ def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
     before = before.split(_SECOND_ROUND)[0].rstrip()
     drawn = f"{r.scenes} other scenes of the same kind"
     data = drawn if r.images is None else f"images of {r.images}"
-    before = re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{digest(path)}`", before)
+    before = with_digest(before, path)
     card.write_text(f"""{before}
 
 {_SECOND_ROUND}
@@ -759,7 +758,7 @@ def _cached_latents(
     for i in range(len(scenes)):
         pictures.update(np.ascontiguousarray(scenes[i]).data)
     key = [
-        digest(weights), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
+        sha256(weights), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
         recipe.seed,
     ]  # fmt: skip
     try:

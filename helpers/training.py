@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,8 +23,7 @@ import torch
 from torch import nn
 
 from helpers.config import torch_device
-from helpers.files import read_json, replacing
-from helpers.files import sha256 as digest  # of the weights, for their model card
+from helpers.files import read_json, replacing, sha256
 from helpers.weights import read_weights, write_weights
 
 __all__ = [
@@ -31,11 +31,11 @@ __all__ = [
     "Trainer",
     "add_average",
     "average",
-    "digest",
     "drawn_with",
     "keep_to_settings",
     "learning_rate",
     "machine",
+    "with_digest",
 ]
 
 _SETTINGS = "scenes.json"
@@ -56,6 +56,22 @@ class Recipe:
     decay_from: float = 0.5
     ema: float = 0.998
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "steps": self.steps < 1,
+            "minutes": self.minutes is not None and not self.minutes > 0,
+            "rate": not self.rate > 0,
+            "warmup": self.warmup < 0,
+            "decay_from": not 0 <= self.decay_from < 1,
+            "ema": not 0 <= self.ema < 1,
+        }
+        if names := [name for name, bad in wrong.items() if bad]:
+            given = ", ".join(f"{name} = {getattr(self, name)}" for name in names)
+            raise ValueError(
+                f"{given}: a training needs steps >= 1, minutes and rate > 0, warmup >= 0, and "
+                "decay_from and ema in [0, 1)"
+            )
 
 
 def learning_rate(progress: float, step: int, *, warmup: int, decay_from: float) -> float:
@@ -154,7 +170,8 @@ def average(paths: Sequence[Path], path: Path) -> None:
     paths : sequence of Path
         Safetensors that a training exported. What they say of themselves is taken from the first.
     path : Path
-        Where the mean goes, in the same precision.
+        Where the mean goes, in the same precision. The model card beside it, if there is one, gets
+        its digest, and says of which files it is the mean.
 
     Raises
     ------
@@ -177,6 +194,16 @@ def average(paths: Sequence[Path], path: Path) -> None:
         for key, last in states[-1].items()
     }
     write_weights(path, mean, {**said[0], "mean_of": str(len(states))})
+    if (card := Path(path).with_suffix(".md")).exists():
+        names = ", ".join(f"`{Path(each).name}`" for each in paths)
+        text = with_digest(card.read_text(encoding="utf-8"), path)
+        with replacing(card) as temporary:
+            temporary.write_text(f"{text.rstrip()}\n\nMean of {names}.\n", encoding="utf-8")
+
+
+def with_digest(card: str, path: Path) -> str:
+    """Text of a model card with the SHA-256 that its weights have now."""
+    return re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{sha256(path)}`", card)
 
 
 def add_average(parser: argparse.ArgumentParser) -> None:

@@ -5,16 +5,19 @@ import pytest
 import torch
 from scipy.ndimage import label
 from segment_anything.utils.amg import build_all_layer_point_grids
+from skimage.segmentation import slic
 
 from helpers import phantom
 from helpers.anchors import Prompted, match_glands, prompt
 from helpers.baselines import (
     CLASSICAL,
     automatic,
+    graph_based,
     grid_side,
     judged,
     rivals,
     single_prompts,
+    slic_alone,
     slic_merged,
 )
 from helpers.sam import Proposals, build_small_sam
@@ -31,6 +34,13 @@ def test_baselines_have_about_the_number_asked_and_tile_the_image(baseline, imag
     assert 13 <= len(masks) <= 28
     assert masks.shape[1:] == image.shape[:2] and masks.dtype == bool
     assert (masks.sum(0) == 1).all()
+
+
+def test_slic_and_graphs_are_asked_until_their_number_is_near(image):
+    plain = len(np.unique(slic(image, 37, compactness=10.0, sigma=2.0)))
+    assert abs(plain - 37) > 5
+    for baseline in (slic_alone, graph_based):
+        assert abs(len(baseline(image, 37)) - 37) <= 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30])
@@ -152,15 +162,18 @@ def test_rivals_are_the_methods_with_the_settings_of_the_anchors(image):
     torch.manual_seed(0)
     sam = build_small_sam(64, dim=32).requires_grad_(False)
     asked = prompt(sam, image, rng=np.random.default_rng(0), n_segments=4, crop_n_layers=1)
-    settings = {"min_area": 0.01, "linkage": "single"}
+    settings = {"min_area": 0.01, "max_area": 0.5, "linkage": "single"}
     ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1)
     assert list(ways) == ["single prompts", *CLASSICAL]
     np.testing.assert_array_equal(ways["single prompts"](), single_prompts(asked, 6, **settings))
     np.testing.assert_array_equal(ways["SLIC, merged"](), slic_merged(image, 6))
     ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1, with_automatic=True)
     n_prompts = sum(crop.points.shape[0] * crop.points.shape[1] for crop in asked)
-    expected = automatic(sam, image, 6, n_prompts=n_prompts, crop_n_layers=1, min_area=0.01)
+    sizes = {"min_area": 0.01, "max_area": 0.5}
+    expected = automatic(sam, image, 6, n_prompts=n_prompts, crop_n_layers=1, **sizes)
     np.testing.assert_array_equal(ways["automatic masks"](), expected)
+    ways = rivals(sam, image, asked, 6, settings={}, crop_n_layers=1, with_automatic=True)
+    assert ways["automatic masks"]().shape[1:] == image.shape[:2]
 
 
 def test_each_way_is_called_once_timed_and_compared_with_the_glands():

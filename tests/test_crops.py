@@ -39,6 +39,8 @@ def test_crops_of_a_layer_cover_the_image_and_get_smaller(size):
         assert covered.all()
         largest.append(max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes))
     assert largest[0] > 1.8 * largest[1] > 1.8 * 1.8 * largest[2]
+    (_, _, _, end), (_, start, _, _) = layers[1][:2]
+    assert end - start == pytest.approx(512 / 1500 * min(size), abs=1.5)
     with pytest.raises(ValueError, match="n_layers = -1"):
         crop_boxes(size, -1)
 

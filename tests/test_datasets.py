@@ -91,12 +91,28 @@ def test_phantom_depends_on_the_seed_only():
     assert not np.array_equal(a.image("test_well_003"), c.image("test_well_003"))
 
 
-def test_the_arrays_handed_out_can_be_changed_without_harm():
-    data = datasets.load("phantom", image_size=32)
-    first = data.image("train_well_000")
+@pytest.mark.parametrize(
+    ("name", "size"), [("phantom", 32), ("ihc", 100), ("ihc", 256), ("folder", 16), ("folder", 32)]
+)
+def test_the_arrays_handed_out_can_be_changed_without_harm(name, size, tmp_path):
+    save(tmp_path / "a" / "1.png")
+    data = datasets.load(name, image_size=size, root=tmp_path if name == "folder" else None)
+    image_id = data.records["image_id"][0]
+    first = data.image(image_id)
     keep = first.copy()
     first[:] = 0
-    assert np.array_equal(data.image("train_well_000"), keep)
+    assert np.array_equal(data.image(image_id), keep)
+
+
+def test_a_patient_has_one_stain(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(datasets.phantom, "render", lambda **key: drawn.append(key) or 1 / 0)
+    data = datasets.load("phantom", image_size=32, per_class={"train": 4, "val": 0, "test": 0})
+    for image_id in data.records["image_id"]:
+        with pytest.raises(ZeroDivisionError):
+            data.image(image_id)
+    said, used = data.records["patient"].tolist(), [key["patient"] for key in drawn]
+    assert len(set(said)) == len(set(used)) == len(set(zip(said, used, strict=True)))
 
 
 def test_ihc_is_the_image_of_scikit_image_in_four_tiles():
@@ -661,13 +677,16 @@ def test_kbsmc_colon(tmp_path):
     for name in ("tma_06", "wsi_03", "tma_04", "wsi_02"):
         for k in range(4):
             save(tmp_path / "set1" / name / f"d{k}_7_{k}.jpg")
+    save(tmp_path / "set1" / "tma_01" / "tma_01" / "c0_11_0.jpg")  # unzipped into its own folder
     for k in (1, 2, 3, 4):
         save(tmp_path / "set2" / "wsi_001" / "patches" / f"x_{k}.png")
     data = datasets.load("kbsmc-colon", root=tmp_path, image_size=32)
     check(data, 32)
     assert data.classes == ("BN", "WD", "MD", "PD")
     counts = data.counts()
-    assert counts["train"].tolist() == [2, 1, 1, 1]
+    assert counts["train"].tolist() == [3, 1, 1, 1]
+    same_core = data.records["image_id"].str.contains("c0_1")
+    assert data.records.loc[same_core, "patient"].tolist() == ["tma_01/c0"] * 2
     assert counts["val"].tolist() == [2, 2, 2, 2] == counts["test"].tolist()
     assert counts["test2"].tolist() == [1, 1, 1, 1]
     assert set(data.records[data.records["split"] == "test2"]["site"]) == {"B"}

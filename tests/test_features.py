@@ -215,13 +215,16 @@ def test_conv_stem_returns_nhwc_and_takes_timm_arguments():
         features.ConvStem(patch_size=16)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_ctranspath_round_trip(ctranspath_file, tmp_path, suffix):
+def test_ctranspath_round_trip(ctranspath_file, tmp_path, suffix, prefix):
     path, network = ctranspath_file
+    weights = {prefix + k: v for k, v in torch.load(path, weights_only=True)["model"].items()}
+    path = tmp_path / f"ctranspath{suffix}"
     if suffix == ".safetensors":
-        weights = torch.load(path, weights_only=True)["model"]
-        path = tmp_path / "ctranspath.safetensors"
         save_file({k: v.contiguous() for k, v in weights.items()}, path)
+    else:
+        torch.save({"model": weights}, path)
     extractor = features.load_extractor("ctranspath", path=path)
     assert extractor.dim == 768
     for key, value in network.state_dict().items():

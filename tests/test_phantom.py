@@ -91,6 +91,19 @@ def test_the_patient_changes_the_stain_but_not_the_glands():
     assert np.abs(a.image.mean((0, 1)) - b.image.mean((0, 1))).max() > 2
 
 
+@pytest.mark.parametrize("size", [(100, 100), (192, 192), (192, 288)])
+@pytest.mark.parametrize("grade", ["benign", "moderate"])
+def test_the_same_field_of_other_pixels_has_the_same_glands(size, grade):
+    shape = (256, 256 * size[1] // size[0])
+    a = phantom.render(1, grade=grade, size=shape).glands
+    b = phantom.render(1, grade=grade, size=size).glands
+    rows, columns = (
+        ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, shape, strict=True)
+    )
+    a, b = a[rows[:, None], columns] > 0, b > 0
+    assert (a & b).sum() / (a | b).sum() > 0.85
+
+
 def test_the_same_field_at_another_resolution_is_the_same_tissue():
     large = phantom.render(1, grade="well", size=(256, 256))
     small = phantom.render(1, grade="well", size=(128, 128))
@@ -168,6 +181,18 @@ def test_unmixed_haematoxylin_of_a_field_lies_in_the_nuclei():
     stains = phantom.stain_matrix(patient=2)
     haematoxylin = phantom.unmix(p.image, stains)[..., 0]
     assert haematoxylin[p.nuclei > 0].mean() > 2 * haematoxylin[p.nuclei == 0].mean()
+
+
+@pytest.mark.parametrize("wrong", [{"site": "Z"}, {"stain": "PAS"}])
+def test_stains_of_unknown_sites_or_dyes_are_refused(wrong):
+    with pytest.raises(ValueError, match="is unknown; choose"):
+        phantom.stain_matrix(**wrong)
+
+
+def test_names_that_would_share_a_stream_are_refused():
+    assert phantom._rng("gleason3").random() != phantom._rng("gleason4").random()
+    with pytest.raises(ValueError, match="'gleason10' has no or more than 8 bytes"):
+        phantom._rng("gleason10")
 
 
 def test_a_stain_matrix_can_be_given():

@@ -348,9 +348,15 @@ def test_agreement_within_groups_exchanges_each_neighbour_for_any_of_its_group()
     assert np.isnan(pooling.agreement_within(features, patients, grades, ["one"] * 50))
 
 
+def test_nothing_agrees_with_nothing():
+    assert np.isnan(pooling.neighbour_agreement(np.zeros((0, 3)), [], []))
+    assert np.isnan(pooling.agreement_by_chance([], []))
+
+
+@pytest.mark.parametrize("d", [1, 6])
 @pytest.mark.parametrize("n", [1, 2, 5, 19, 40])
-def test_map_to_plane(n):
-    features = np.random.default_rng(0).normal(size=(n, 6))
+def test_map_to_plane(n, d):
+    features = np.random.default_rng(0).normal(size=(n, d))
     plane = pooling.map_to_plane(features)
     assert plane.shape == (n, 2) and np.isfinite(plane).all()
     np.testing.assert_array_equal(plane, pooling.map_to_plane(features))

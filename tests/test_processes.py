@@ -76,12 +76,12 @@ def test_after_an_error_no_further_item_is_begun(cores):
 
     def work(i):
         begun.append(i)
-        time.sleep(0.02)
         if i == 1:
             raise ValueError("item 1")
+        time.sleep(0.2)  # the first is still at work when the second has failed
         return i
 
     with pytest.raises(ValueError, match="item 1"):
         list(in_threads(work, range(1000)))
-    assert len(begun) < 500
+    assert len(begun) <= 2 * at_once("cpu")
     assert torch.get_num_threads() == cores

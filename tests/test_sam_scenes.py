@@ -3,10 +3,12 @@ import warnings
 import numpy as np
 import pytest
 
+from helpers import sam_scenes
 from helpers.sam_scenes import (
     LEVELS,
     Scenes,
     augment,
+    edges,
     phantom_scene,
     prepare,
     recolour,
@@ -42,19 +44,27 @@ def test_texture_scenes_come_in_many_kinds():
     assert len({int(levels[0].max()) for _, levels in pictures}) >= 4
 
 
-def test_augmentation_keeps_image_and_labels_together():
-    levels = np.zeros((LEVELS, 320, 320), np.uint8)
-    levels[0, 100:220, 100:220] = 1
-    image = np.repeat((levels[0] * 200 + 20)[..., None], 3, -1)
+def test_augmentation_keeps_image_and_labels_together(monkeypatch):
+    """256 squares, whose colour is their label."""
     rng = np.random.default_rng(0)
-    agree = []
-    for _ in range(20):
-        x, y = augment(image, levels, rng, 64)
-        assert x.shape == (64, 64, 3) and y.shape == (LEVELS, 64, 64)
-        inside = y[0] > 0
-        if inside.any() and not inside.all():
-            agree.append(abs(float(x[inside].mean()) - float(x[~inside].mean())))
-    assert np.median(agree) > 50
+    squares = rng.permutation(256).astype(np.uint8).reshape(16, 16).repeat(20, 0).repeat(20, 1)
+    image, levels = squares[..., None].repeat(3, 2), squares[None].repeat(LEVELS, 0)
+    monkeypatch.setattr(sam_scenes, "recolour", lambda image, rng: image)
+    for size in [64] * 10 + [128] * 10:
+        x, y = augment(image, levels, rng, size)
+        assert x.shape == (size, size, 3) and y.shape == (LEVELS, size, size)
+        inside = ~edges(y[0])  # at their borders the squares mix
+        assert (abs(x[..., 0].astype(int) - y[0])[inside] <= 1).mean() > 0.97
+
+
+def test_lumina_are_the_light_parts_of_glands():
+    for seed in range(30):
+        image, levels = phantom_scene(np.random.default_rng(seed), 160)
+        lumen, rest = levels[1] > 0, (levels[0] > 0) & (levels[1] == 0)
+        if min(lumen.sum(), rest.sum()) > 300:
+            break
+    assert not (lumen & (levels[0] == 0)).any()
+    assert image[lumen].mean() > image[rest].mean() + 20
 
 
 def test_recolouring_changes_colours_not_shapes():

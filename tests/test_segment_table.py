@@ -80,7 +80,7 @@ def test_coco_without_the_mark_is_measured_like_our_own(tmp_path, segments):
         del annotation["border"]
     (tmp_path / "s.json").write_text(json.dumps(document))
     again = load_coco(tmp_path / "s.json")
-    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(again.table, segments.table, check_exact=True, check_dtype=False)
 
 
 def test_compact_segments_are_of_middling_size_and_without_bays():
@@ -136,7 +136,7 @@ def test_coco_round_trip(tmp_path, segments):
     save_coco(path, segments.images, segments, info={"chapter": "02"})
     again = load_coco(path)
     pd.testing.assert_frame_equal(again.images, segments.images)
-    pd.testing.assert_frame_equal(again.table, segments.table, atol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(again.table, segments.table, check_exact=True, check_dtype=False)
     for i in range(len(segments)):
         np.testing.assert_array_equal(again.mask(i), segments.mask(i))
     first = path.read_bytes()
@@ -152,7 +152,7 @@ def test_scores_superpixels_and_borders_survive_the_file(tmp_path):
     )  # fmt: skip
     segments = save_coco(tmp_path / "s.json", records(1), {"im0": given})
     again = load_coco(tmp_path / "s.json").table
-    pd.testing.assert_frame_equal(again, segments.table, atol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(again, segments.table, check_exact=True, check_dtype=False)
     assert again["score"].tolist() == [0.1, 0.25, 0.3, 0.875]
     assert again["superpixel"].tolist() == [7, 1, 2, 3]
 
@@ -332,6 +332,16 @@ def test_tidy_leaves_holes_open_that_are_segments_of_their_own():
         np.testing.assert_array_equal(clean.mask(1), other)
     elsewhere = collect(records(2), {"im0": stroma[None], "im1": gland[None]})
     assert tidy(elsewhere).mask(0).all()  # segments of another image do not matter
+
+
+def test_tidy_keeps_what_segments_say_of_themselves(segments):
+    """Foreign files have segments of several classes in one image."""
+    table = segments.table.assign(label=[f"kind {i % 3}" for i in range(len(segments))])
+    mixed = segment_table.Segments(segments.images, table, segments.rles)
+    clean = tidy(mixed).table
+    for column in ("segment_id", "label", "split", "patient", "dataset", "site"):
+        if column in table:
+            assert clean[column].tolist() == table[column].tolist()
 
 
 def test_tidy_keeps_the_order_of_segments_that_are_not_sorted_by_image(segments):

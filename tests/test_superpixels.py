@@ -8,7 +8,7 @@ from skimage.data import immunohistochemistry
 from skimage.segmentation import slic
 
 from helpers import superpixels as module
-from helpers.superpixels import SuperpixelWarning, draw_points, superpixels
+from helpers.superpixels import SuperpixelWarning, draw_points, most_superpixels, superpixels
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,16 @@ def test_default_compactness_of_scikit_image_is_a_trap(tissue):
     assert slic(tissue, 30, start_label=0).max() + 1 < 20
     with pytest.warns(SuperpixelWarning, match="Raise compactness"):
         superpixels(tissue, 30, compactness=1.0, sigma=0.0)
+
+
+def test_a_superpixel_has_room_for_sixteen_pixels():
+    assert most_superpixels((20, 30)) == 37
+    image = np.zeros((20, 30, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"n_segments = 38 leaves fewer than 16 .* of 20 x 30"):
+        superpixels(image, 38)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SuperpixelWarning)
+        superpixels(image, 37)
 
 
 @pytest.mark.parametrize(("found", "warned"), [(13, True), (14, False), (30, False), (31, True)])

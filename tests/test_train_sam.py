@@ -5,6 +5,7 @@ import itertools
 import json
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 import torch
 from skimage.measure import label
 
+from helpers import train_sam
 from helpers.sam import load_sam
 from helpers.sam_scenes import (
     LEVELS,
     Scenes,
+    edges,
     held_out,
     prepare,
 )
@@ -130,9 +133,128 @@ def test_batches_depend_on_the_generator_only(folder):
     assert (one["chosen"].sum(-1) == one["valid"].any(-1)).all()
 
 
+def test_pixels_targets_and_outlines_of_a_batch_show_the_same_scene(monkeypatch):
+    """A scene whose colour is its label, sometimes cut off by padding."""
+    levels = np.zeros((LEVELS, 64, 64), np.uint8)
+    levels[0, 8:40, 12:50] = 1
+    image = np.repeat(levels[0][..., None] * np.uint8(255), 3, -1)
+    scenes = SimpleNamespace(draw=lambda rng: (image, levels))
+    monkeypatch.setattr(train_sam, "augment", lambda image, levels, *_: (image, levels.copy()))
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    n_padded = 0
+    for seed in range(12):
+        batch = make_batch(scenes, np.random.default_rng(seed), images=1, prompts=4, size=64)
+        padded = (batch["pixels"][0] == 0).all(0).numpy()
+        n_padded += padded.any()
+        seen = batch["pixels"][0].permute(1, 2, 0).numpy() * std + mean
+        shown = (seen[..., 0] > 128) & ~padded
+        cells = shown.reshape(32, 2, 32, 2).sum((1, 3))
+        for target, valid in zip(batch["targets"][0], batch["valid"][0], strict=True):
+            if valid.any():
+                np.testing.assert_array_equal(target[0].numpy(), cells)
+        outline = edges(shown.astype(np.uint8)).reshape(16, 4, 16, 4).max((1, 3))
+        np.testing.assert_array_equal(batch["outlines"][0, 0].numpy(), outline)
+    assert 0 < n_padded < 12
+
+
+def test_a_corrective_click_lies_in_the_error_and_says_what_is_right():
+    rng = np.random.default_rng(0)
+    mask, target = rng.random((2, 2, 3, 6, 9)) < 0.5
+    mask[0, 0] = target[0, 0]
+    points, labels = train_sam._error_clicks(mask, target, rng)
+    assert labels[0, 0] == -1 and set(labels.ravel()) == {-1, 0, 1}
+    for i, j in [(i, j) for i, j in np.ndindex(2, 3) if labels[i, j] >= 0]:
+        x, y = points[i, j].astype(int)
+        assert mask[i, j, y, x] != target[i, j, y, x] == labels[i, j]
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """A network whose answers are given, a batch for it, and what its decoder is asked."""
+    g = torch.Generator().manual_seed(2)
+    b, p, k, h = 2, 3, TARGETS, 8
+    valid = torch.tensor([[[1, 1, 0], [1, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 0], [1, 0, 0]]]) > 0
+    targets = torch.randint(5, (b, p, k, h, h), generator=g) * valid[..., None, None]
+    chosen = torch.zeros(b, p, k)
+    for i, j in np.argwhere(valid.any(-1).numpy()):
+        chosen[i, j, int(valid[i, j].sum()) - 1] = 1
+    batch = {
+        "pixels": torch.randn(b, 3, 16, 16, generator=g), "valid": valid, "chosen": chosen,
+        "points": torch.randint(16, (b, p, 2), generator=g).float(), "targets": targets,
+        "outlines": torch.randint(2, (b, 2, 4, 4), generator=g).float(),
+    }  # fmt: skip
+    given = [
+        (torch.randn(b, p, 4, h, h, generator=g), torch.rand(b, p, 4, generator=g))
+        for _ in range(2)
+    ]
+    encoder = torch.nn.Conv2d(3, 8, 8, stride=8)
+    encoder.img_size = 16
+    sam = torch.nn.Module()
+    sam.image_encoder, sam.prompt_encoder = encoder, SimpleNamespace(embed_dim=8)
+    asked = []
+
+    def decode(_, features, *question):
+        asked.append(question)
+        return given[len(asked) - 1]
+
+    monkeypatch.setattr(train_sam, "decode", decode)
+    return train_sam.Trainee(sam), batch, given, asked
+
+
+def test_losses_of_a_batch_are_those_written_out(answers):
+    trainee, batch, given, asked = answers
+    (logits, iou), rows = given[0], []
+    out = trainee.losses(batch, np.random.default_rng(0), correct=0.0)
+    for i, j in np.argwhere(batch["valid"].any(-1).numpy()):
+        ok = batch["valid"][i, j]
+        loss, fit = pair_losses(logits[i, j][None], batch["targets"][i, j][None] / 4)
+        loss, fit, one = loss[0], fit[0], int(batch["chosen"][i, j].argmax())
+        best = fit[:, ok].amax(1)
+        best[0] = fit[0, one]  # the output for several clicks is that of the chosen target
+        assigned = match(loss[None, 1:], ok[None])[0]
+        guess = 1 + int(iou[i, j, 1:].argmax())
+        rows.append(
+            [assigned + 0.3 * loss[0, one], ((iou[i, j] - best) ** 2).mean(), best[1:].max(),
+             best[guess]]
+        )  # fmt: skip
+    mask, iou_head, oracle, picked = torch.tensor(rows).mean(0)
+    drawn = torch.nn.functional.pixel_shuffle(
+        trainee.outline(trainee.sam.image_encoder(batch["pixels"])), 2
+    )
+    p, t = torch.sigmoid(drawn), batch["outlines"]
+    outline = -(3 * t * p.log() + (1 - t) * (1 - p).log()).mean()
+    expected = {"mask": mask, "iou_head": iou_head, "oracle": oracle, "picked": picked,
+                "outline": outline, "loss": mask + iou_head + 0.3 * outline}  # fmt: skip
+    for name, value in expected.items():
+        torch.testing.assert_close(out[name], value, msg=name)
+    points, labels = asked[0]
+    assert torch.equal(points[:, :, 0], batch["points"]) and (labels == 1).all()
+
+
+def test_a_second_click_comes_with_the_former_mask_and_is_learnt(answers):
+    trainee, batch, given, asked = answers
+    out = trainee.losses(batch, np.random.default_rng(0), correct=1.0)
+    (points, labels, former), (again, iou), rows = asked[1], given[1], []
+    for i, j in np.argwhere(batch["valid"].any(-1).numpy()):
+        one = int(batch["chosen"][i, j].argmax())
+        target = batch["targets"][i, j, one][None, None] / 4
+        fit = pair_losses(given[0][0][i, j][None], target)[1][0, :, 0]
+        assert torch.equal(former[i, j], given[0][0][i, j, 1 + int(fit[1:].argmax())])
+        assert torch.equal(points[i, j, 0], batch["points"][i, j]) and labels[i, j, 0] == 1
+        x, y = ((points[i, j, 1] + 0.5) / 2 - 0.5).int().tolist()  # cells of 2 x 2 pixels
+        truth = bool(target[0, 0, y, x] > 0.5)
+        assert labels[i, j, 1] == truth != bool(former[i, j, y, x] > 0)
+        loss, fit = pair_losses(again[i, j][None], target)
+        loss, fit = loss[0, :, 0], fit[0, :, 0]
+        rows.append(loss[0] + loss[1:].min() + ((iou[i, j] - fit) ** 2).mean())
+    asked.clear()
+    alone = trainee.losses(batch, np.random.default_rng(0), correct=0.0)["mask"]
+    torch.testing.assert_close(out["mask"], alone + 0.5 * torch.stack(rows).mean())
+
+
 def test_workers_change_no_batch(folder):
     scenes = Scenes(folder / "scenes")
-    alone, ahead = Trainer(RECIPE, scenes), Trainer(RECIPE, scenes, workers=2)
+    alone, ahead = Trainer(RECIPE, scenes), Trainer(RECIPE, scenes, workers=1)
     for step in (0, 1, 2, 7):  # the last is a jump, as after a checkpoint
         alone.step = ahead.step = step
         one, two = alone._batch(), ahead._batch()
@@ -219,12 +341,14 @@ def test_a_card_says_what_was_measured_and_on_what(folder, tmp_path):
     export(trainer, path)
     card = path.with_suffix(".md").read_text()
     assert "| held-out score | not measured |" in card and "nan" not in card
+    assert "| start | random weights |" in card and "--no-pretrained" in card
     assert f"minutes on {machine('cpu')} |" in card
     scores = {"oracle_iou": 0.75, "picked_iou": 0.5, "recall_50": 0.5, "n": 7}
     trainer.curve = [{f"held_out_{key}": value for key, value in scores.items()}]
+    trainer.test = ([None] * 3, [None] * 3)
     export(trainer, path)
     assert (
-        "(n = 7 glands): IoU of the best of three masks 0.750"
+        "each gland of 3 unseen phantoms (n = 7 glands): IoU of the best of three masks 0.750"
         in path.with_suffix(".md").read_text()
     )
 
@@ -239,6 +363,22 @@ def test_average_of_weights(folder, tmp_path):
     for key, value in mean.items():
         expected = (a[key].double() + b[key].double()) / 2
         torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_images_without_a_gland_are_no_part_of_a_score(folder):
+    images, instances = held_out(2, size=96)
+    sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
+    both = evaluate(sam, images, [instances[0], np.zeros((96, 96), int)],
+                    rng=np.random.default_rng(0))  # fmt: skip
+    one = evaluate(sam, images[:1], instances[:1], rng=np.random.default_rng(0))
+    assert both == one and one["n"] > 0
+    none = evaluate(sam, images[:1], [np.zeros((96, 96), int)], rng=np.random.default_rng(0))
+    assert none["n"] == 0 and np.isnan(none["oracle_iou"])
+
+
+def test_scenes_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no scenes .* --prepare-only"):
+        Trainer(RECIPE, Scenes(tmp_path)).advance()
 
 
 def test_evaluation_counts_each_gland_once(folder):

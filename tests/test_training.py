@@ -8,11 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.files import sha256
 from helpers.training import (
     Recipe,
     Trainer,
     average,
-    digest,
     drawn_with,
     keep_to_settings,
     learning_rate,
@@ -246,10 +246,15 @@ def test_another_seed_sees_other_batches():
     assert Line().advance() != Line(replace(RECIPE, seed=1)).advance()
 
 
-def test_digest(tmp_path):
-    path = tmp_path / "abc"
-    path.write_bytes(b"abc")
-    assert digest(path).startswith("ba7816bf8f01cfea") and len(digest(path)) == 64
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"steps": 0}, "steps = 0"), ({"decay_from": 1.0}, "decay_from = 1.0"),
+     ({"minutes": 0.0, "ema": 1.0}, "minutes = 0.0, ema = 1.0"), ({"rate": -1.0}, "rate = -1.0"),
+     ({"warmup": -1}, "warmup = -1")],
+)  # fmt: skip
+def test_recipes_that_cannot_be_followed_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=f"^{said}: a training needs steps >= 1"):
+        Recipe(**wrong)
 
 
 def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):
@@ -260,7 +265,13 @@ def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):
     files = [tmp_path / f"{k}.safetensors" for k in range(3)]
     for file, state in zip(files, states, strict=True):
         save_file(state, str(file), metadata={"kind": "toy", "file": file.name})
+    card = tmp_path / "mean.md"
+    card.write_text("| licence | MIT |\n| SHA-256 | `0ff` |\n")
     average(files, tmp_path / "mean.safetensors")
+    assert card.read_text() == (
+        f"| licence | MIT |\n| SHA-256 | `{sha256(tmp_path / 'mean.safetensors')}` |\n\n"
+        "Mean of `0.safetensors`, `1.safetensors`, `2.safetensors`.\n"
+    )
     with safe_open(str(tmp_path / "mean.safetensors"), framework="pt") as file:
         assert file.metadata() == {"kind": "toy", "file": "0.safetensors", "mean_of": "3"}
         mean = {key: file.get_tensor(key) for key in file.keys()}
