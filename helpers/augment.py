@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torchvision.transforms import v2
 
-__all__ = ["cutmix", "cutout", "mixup", "traditional"]
-
 
 def traditional(image_size: int) -> v2.Transform:
     """Flips, blur, noise, and shifts of hue, saturation and contrast, as in the paper.

@@ -31,8 +31,6 @@ import nbformat
 from helpers import config, runs
 from helpers.files import sha256
 
-__all__ = ["build", "chapter_page", "main", "picture", "run_page"]
-
 BOOK = runs.REPOSITORY / "book"
 INDEX = BOOK / "_build" / "html" / "index.html"
 

@@ -30,18 +30,6 @@ from helpers import features
 from helpers.files import replacing
 from helpers.weights import read_tensors
 
-__all__ = [
-    "NAMES",
-    "Classifier",
-    "Training",
-    "build_classifier",
-    "fit",
-    "learning_rates",
-    "native_size",
-    "predict",
-    "resize",
-]
-
 #: Networks of the paper, and the small one whose ImageNet weights are always at hand.
 NAMES = ("lite0", "efficientnet_b0", "resnet50", "densenet121", "ctranspath")
 

@@ -30,22 +30,6 @@ from pydantic import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CHAPTERS",
-    "CHECKPOINTS",
-    "COMMON",
-    "Common",
-    "build",
-    "checkpoint_paths",
-    "known",
-    "missing_files",
-    "names",
-    "read",
-    "show",
-    "torch_device",
-    "unknown",
-]
-
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -29,8 +29,6 @@ from skimage import measure
 
 from helpers import phantom
 
-__all__ = ["COLUMNS", "NAMES", "SPLITS", "Dataset", "load", "read_image", "split_by_patient"]
-
 SPLITS = ("train", "val", "test", "test2")
 COLUMNS = ("image_id", "label", "split", "patient", "site", "dataset", "height", "width")
 #: Of ``pandas.read_csv``: an empty field is missing, but a class may be called NA or None.

@@ -26,15 +26,6 @@ import pandas as pd
 from helpers.placement import border_sides
 from helpers.pool import Pool
 
-__all__ = [
-    "CUT_SOURCES",
-    "CompositeError",
-    "Sampler",
-    "draw_log_probabilities",
-    "effective_sources",
-    "feature_distances",
-]
-
 
 class CompositeError(ValueError):
     """No composite of this image meets the conditions; the caller records a skip."""

@@ -35,8 +35,6 @@ from helpers import config, runs
 from helpers.files import sha256
 from helpers.runs import executed, timings
 
-__all__ = ["execute", "main", "parameters_cell", "preset"]
-
 PRESETS = runs.REPOSITORY / "notebooks" / "presets"
 
 

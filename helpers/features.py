@@ -32,20 +32,6 @@ with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the boo
     warnings.filterwarnings("ignore", message="IProgress not found")
     import timm
 
-__all__ = [
-    "CTRANSPATH_HUB",
-    "HALF",
-    "IMAGENET",
-    "ConvStem",
-    "Extractor",
-    "crop",
-    "ctranspath_network",
-    "embed_segments",
-    "extend",
-    "lite_state_dict",
-    "load_extractor",
-]
-
 #: Where CTransPath comes from if no file is given.
 CTRANSPATH_HUB = "hf-hub:1aurent/swin_tiny_patch4_window7_224.CTransPath"
 _BACKGROUNDS = ("keep", "white", "mean")

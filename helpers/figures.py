@@ -24,37 +24,6 @@ from numpy.typing import ArrayLike
 from scipy.ndimage import binary_dilation, binary_erosion
 from skimage.segmentation import find_boundaries
 
-__all__ = [
-    "GREEN",
-    "PALETTE",
-    "WIDTH",
-    "YELLOW",
-    "bars",
-    "candidates",
-    "closeup",
-    "confusions",
-    "embedding",
-    "forest",
-    "identity_clusters",
-    "image_grid",
-    "labelled",
-    "lines",
-    "mark",
-    "most_of",
-    "outline",
-    "overlay",
-    "palette",
-    "posterior_errors",
-    "principal_axes",
-    "sde_paths",
-    "shares",
-    "stain_ramps",
-    "sweeps",
-    "training_curves",
-    "use_style",
-    "wrapped",
-]
-
 #: Okabe-Ito colours, strongest contrast first; a dark grey in place of yellow, pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#404040")
 

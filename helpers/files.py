@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "replacing", "sha256"]
-
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

@@ -23,25 +23,6 @@ from torch.nn import functional as F
 
 from helpers.weights import read_tensors, read_weights, write_weights
 
-__all__ = [
-    "AUTOENCODER_WEIGHTS",
-    "LATENT_SCHEDULE",
-    "UNET_WEIGHTS",
-    "LatentDiffusion",
-    "build_autoencoder",
-    "build_unet",
-    "default_autocast",
-    "latent_known",
-    "load_autoencoder",
-    "load_latent_diffusion",
-    "psnr",
-    "save_weights",
-    "to_tensor",
-    "to_uint8",
-    "unet_from_compvis",
-    "vq_from_compvis",
-]
-
 _WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
 #: Shipped first stage.
 AUTOENCODER_WEIGHTS = _WEIGHTS / "autoencoder.safetensors"

@@ -21,19 +21,6 @@ from helpers.latent import to_tensor
 from helpers.processes import in_order
 from helpers.training import keep_to_settings
 
-__all__ = [
-    "SCENE",
-    "Scenes",
-    "colour_jitter",
-    "drawing_weights",
-    "held_out",
-    "prepare",
-    "random_crops",
-    "scene",
-    "texture",
-    "turn",
-]
-
 #: Side of a stored scene in pixels.
 SCENE = 256
 _SHARD = 25

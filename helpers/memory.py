@@ -12,8 +12,6 @@ import ctypes
 import os
 import sys
 
-__all__ = ["keep_freed_blocks"]
-
 # Of malloc.h, and the largest value that mallopt takes.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _INT_MAX = -1, -4, 2**31 - 1
 

@@ -19,24 +19,6 @@ from scipy.optimize import minimize
 from torch.nn.functional import grid_sample
 from torchvision.transforms.functional import gaussian_blur
 
-__all__ = [
-    "LOBES",
-    "affine_at_border",
-    "affine_by_fit",
-    "affine_from_boxes",
-    "affine_from_moments",
-    "axis_scales",
-    "border_sides",
-    "iou",
-    "moments",
-    "reach",
-    "size_range",
-    "warp_image",
-    "warp_images",
-    "warp_mask",
-    "warp_masks",
-]
-
 #: Lobes of the windowed sinc on either side: how far interpolation looks, in pixels.
 LOBES = 4
 #: Overlap that a mirror image has to gain before it is taken.

@@ -33,19 +33,6 @@ from helpers.segment_table import (
     save_coco,
 )
 
-__all__ = [
-    "ClassPca",
-    "Pool",
-    "agreement_by_chance",
-    "agreement_within",
-    "append",
-    "build",
-    "check_leakage",
-    "map_to_plane",
-    "neighbour_agreement",
-    "neighbour_recall",
-]
-
 _POOL_FILES = ("segments.json", "features.npz")
 #: Rows of distances to all segments that are in memory at once.
 _QUERIES_AT_ONCE = 64

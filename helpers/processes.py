@@ -13,8 +13,6 @@ import cv2
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["at_once", "in_order", "in_threads", "one_thread"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

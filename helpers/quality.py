@@ -28,20 +28,6 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-__all__ = [
-    "Estimate",
-    "Seam",
-    "kid",
-    "kid_floor",
-    "mmd2",
-    "normal_gradient",
-    "outline_strips",
-    "polynomial_kernel",
-    "seam_detection",
-    "seam_score",
-    "stratified",
-]
-
 #: Images that each sample of x and of y shows, and the class of each.
 Origins = tuple[Sequence[Collection[str]], Sequence[Collection[str]]]
 Classes = tuple[Sequence[str], Sequence[str]]

@@ -49,20 +49,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = [
-    "NEEDS",
-    "Failed",
-    "Stage",
-    "begin",
-    "closure",
-    "dump",
-    "executed",
-    "load",
-    "timings",
-    "up_to_date",
-    "weights",
-]
-
 #: Root of the repository.
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -29,22 +29,6 @@ import torch
 
 from helpers.sde import GaussianPrior
 
-__all__ = [
-    "METHODS",
-    "SOLVERS",
-    "SPACINGS",
-    "Sampling",
-    "condition",
-    "ddim_step",
-    "euler_step",
-    "inpaint_latents",
-    "network_calls",
-    "sample_posterior",
-    "spawn",
-    "timesteps",
-    "tweedie",
-]
-
 #: Ways to impose the known part.
 METHODS = ("mmps", "mcg", "projection", "repaint")
 #: Ways to go from one noise level to the next.

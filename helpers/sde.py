@@ -19,8 +19,6 @@ import torch
 
 from helpers.latent import LATENT_SCHEDULE, PREDICTIONS
 
-__all__ = ["VPSDE", "GaussianPrior", "ReverseSDE", "dsm_loss", "euler_maruyama"]
-
 
 class VPSDE:
     """Variance-preserving SDE, dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw, t in [0, 1] (Eq. 2).

@@ -18,8 +18,6 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["BLEND_REACH", "blend", "cut_cost", "disc", "least_cut", "near_outline"]
-
 #: Blending ends at this many times its width: what is left there is about a grey level.
 BLEND_REACH = 3
 

@@ -25,27 +25,6 @@ from skimage import measure
 
 from helpers import files
 
-__all__ = [
-    "BORDER_SHARE",
-    "COLUMNS",
-    "FORMAT",
-    "Segments",
-    "as_text",
-    "collect",
-    "cut_by_border",
-    "decode",
-    "drop_duplicates",
-    "is_compact",
-    "join",
-    "load_coco",
-    "prefer_whole",
-    "read_json",
-    "rows_by_image",
-    "save_coco",
-    "tidy",
-]
-
-
 #: Columns of a segment table. x, y, w, h is the COCO box; cx, cy the centroid; all in pixels.
 COLUMNS = (
     "segment_id", "image_id", "label", "patient", "split", "dataset", "area",

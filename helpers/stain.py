@@ -14,19 +14,6 @@ import cv2
 import numpy as np
 from scipy.spatial import KDTree
 
-__all__ = [
-    "METHODS",
-    "MIN_ANGLE",
-    "apply_stain",
-    "colour_gap",
-    "density_moments",
-    "macenko_stains",
-    "match_stain",
-    "measure_stain",
-    "reinhard_statistics",
-    "tissue_mask",
-]
-
 #: Ways to match stains.
 METHODS = ("transport", "reinhard", "macenko", "none")
 

@@ -12,19 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.stats.multitest import multipletests
 
-__all__ = [
-    "METRICS",
-    "Comparison",
-    "average_relative_gain",
-    "confusion",
-    "holm",
-    "least_p",
-    "paired_bootstrap",
-    "scores",
-    "scores_from_confusion",
-    "verdict",
-]
-
 #: Metrics of the paper's Table 1, in its order.
 METRICS = ("accuracy", "macro_f1", "kappa")
 

@@ -26,8 +26,6 @@ from helpers.files import read_json, replacing, sha256
 from helpers.pool import Pool
 from helpers.replacement import Composite, CompositeError, Sampler, compose
 
-__all__ = ["Piece", "compose_all", "synthesise", "weight_hashes"]
-
 #: Heals composites: (images (n, H, W, 3) uint8, unknown (n, H, W) bool, generators) -> images.
 Heal = Callable[[np.ndarray, np.ndarray, Sequence[torch.Generator]], np.ndarray]
 

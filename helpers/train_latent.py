@@ -61,23 +61,6 @@ from helpers.training import (
     with_digest,
 )
 
-__all__ = [
-    "AutoencoderRecipe",
-    "AutoencoderTrainer",
-    "DecoderRecipe",
-    "DecoderTrainer",
-    "Discriminator",
-    "UNetRecipe",
-    "UNetTrainer",
-    "contrast_loss",
-    "encode_scenes",
-    "even_times",
-    "local_contrast",
-    "pixel_losses",
-    "repeated",
-    "score_autoencoder",
-]
-
 _SECOND_ROUND = "## Second round of the decoder"
 _ADAMW = {"betas": (0.9, 0.99), "weight_decay": 1e-3}
 
@@ -778,8 +761,7 @@ def _cached_latents(
 # --- command line ---------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see ``python -m helpers.train_latent --help``."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("prepare", "autoencoder", "decoder", "unet"))
     parser.add_argument(
@@ -814,11 +796,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_average(parser)
-    o = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see ``python -m helpers.train_latent --help``."""
+    o = _parse(argv)
     torch.set_num_threads(o.threads)
     cv2.setNumThreads(o.threads)
+    path = o.weights or (UNET_WEIGHTS if o.what == "unet" else AUTOENCODER_WEIGHTS)
     if o.average:
-        average(o.average, o.weights or (UNET_WEIGHTS if o.what == "unet" else AUTOENCODER_WEIGHTS))
+        average(o.average, path)
         return
     say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
@@ -835,36 +823,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     if o.what == "prepare":
         return
-    scenes = Scenes(folder, n=None if o.images else recipe.scenes)
-    command = shlex.join(["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])])
-    if o.what == "autoencoder":
-        trainer: Trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
-        path = o.weights or AUTOENCODER_WEIGHTS
-    elif o.what == "decoder":
-        trainer = DecoderTrainer(
-            recipe,
-            load_latent_diffusion(o.autoencoder.parent),
-            scenes,
-            test=held_out(),
-            device=o.device,
-        )
-        path = o.weights or AUTOENCODER_WEIGHTS
-    else:
-        path = o.weights or UNET_WEIGHTS
-        first_stage = load_autoencoder(
-            o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None
-        ).to(torch_device(o.device))
-        times = None if o.images else drawing_weights(
-            len(scenes), **drawn_with(folder), ihc=recipe.ihc
-        )  # fmt: skip
-        test = encode_scenes(first_stage, Scenes(held_out(48))).float()
-        z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
-        if times is not None:
-            z = repeated(z, times)
-        trainer = UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
     o.work.mkdir(parents=True, exist_ok=True)
+    scenes = Scenes(folder, n=None if o.images else recipe.scenes)
+    if o.what == "unet":
+        trainer: Trainer = _unet_trainer(o, recipe, scenes, folder, say)
+    elif o.what == "decoder":
+        pair = load_latent_diffusion(o.autoencoder.parent)
+        trainer = DecoderTrainer(recipe, pair, scenes, test=held_out(), device=o.device)
+    else:
+        trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
     trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
-    trainer.export(path, command)
+    words = ["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])]
+    trainer.export(path, shlex.join(words))
+
+
+def _unet_trainer(
+    o: argparse.Namespace, recipe: UNetRecipe, scenes: Scenes, folder: Path,
+    say: Callable[[str], None],
+) -> UNetTrainer:  # fmt: skip
+    """Trainer of the noise network on the latents of the scenes, encoded once."""
+    first_stage = load_autoencoder(o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None)
+    first_stage = first_stage.to(torch_device(o.device))
+    times = None
+    if not o.images:
+        times = drawing_weights(len(scenes), **drawn_with(folder), ihc=recipe.ihc)
+    test = encode_scenes(first_stage, Scenes(held_out(48))).float()
+    z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
+    z = z if times is None else repeated(z, times)
+    return UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
 
 
 if __name__ == "__main__":

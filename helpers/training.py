@@ -26,18 +26,6 @@ from helpers.config import torch_device
 from helpers.files import read_json, replacing, sha256
 from helpers.weights import read_weights, write_weights
 
-__all__ = [
-    "Recipe",
-    "Trainer",
-    "add_average",
-    "average",
-    "drawn_with",
-    "keep_to_settings",
-    "learning_rate",
-    "machine",
-    "with_digest",
-]
-
 _SETTINGS = "scenes.json"
 
 

@@ -9,8 +9,6 @@ import torch
 
 from helpers.files import replacing
 
-__all__ = ["read_tensors", "read_weights", "write_weights"]
-
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a safetensors file.
