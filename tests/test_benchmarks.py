@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import features, phantom
+from helpers import diffusion, execute, features, latent, phantom
 from tests.benchmarks import __main__, bench_replacement, bench_segments
 
 
@@ -71,6 +71,19 @@ def test_every_change_is_of_a_setting_of_chapter_04():
     for change in bench_replacement.CHANGES.values():
         assert change.keys() <= settings.keys()
         assert not change or settings | change != settings
+
+
+def test_healing_starts_from_the_settings_of_chapter_06():
+    settings = bench_replacement.healing()
+    assert settings["strength"] == execute.parameters_cell("06_synthesis")["synthesis_strength"]
+    image, unknown = np.full((1, 32, 40, 3), 150, np.uint8), np.zeros((1, 32, 40), bool)
+    unknown[:, 10:20, 10:20] = True
+    model, seen = latent.load_latent_diffusion(), []
+    for change in bench_replacement.HEALINGS.values():
+        if change is not None:
+            assert not change or {"ramp": 2} | settings | change != {"ramp": 2} | settings
+            seen.append(diffusion.inpaint(model, image, unknown, generator=0, **settings | change))
+    assert len(np.unique(np.concatenate(seen), axis=0)) == len(seen)
 
 
 @pytest.mark.parametrize("name", bench_replacement.MIXES)

@@ -4,7 +4,8 @@
 of a finished run, ``--run NAME`` on that of another. The first table warps whole segments in their
 own images, so that nothing but the warp can tell them from real ones; the second replaces segments
 with one setting of chapter 04 changed at a time, without any healing; the third mixes source and
-target along the same seams in other ways. Pairs of crops that show the same image are left out, and
+target along the same seams in other ways; the fourth heals the same composites from other levels
+of noise, and with other bands. Pairs of crops that show the same image are left out, and
 classes weighted by their shares, as in chapter 06.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import config, execute, features, quality, runs, synthesis
+from helpers import config, diffusion, execute, features, latent, quality, runs, synthesis
 from helpers.placement import moments, warp_image, warp_mask
 from helpers.pool import Pool
 from helpers.replacement import Composite, Sampler, effective_sources, paste, shown_in
@@ -250,6 +251,64 @@ def mixed(
         }
 
 
+# --- ways to heal ---------------------------------------------------------------------------------
+
+#: Changes of how composites are healed in chapter 06; None leaves them as they are pasted.
+HEALINGS: dict[str, dict[str, object] | None] = {
+    "not healed": None,
+    "from 0.5 % of the noise": {"strength": 0.005},
+    "from 1 %, as in chapter 06": {},
+    "from 2 %": {"strength": 0.02},
+    "from 1 %, without a ramp": {"ramp": 0},
+    "from pure noise": {"strength": 1.0, "steps": 16},
+    "from pure noise, without a ramp": {"strength": 1.0, "steps": 16, "ramp": 0},
+}
+
+
+def healing() -> dict[str, object]:
+    """Arguments of :func:`helpers.diffusion.inpaint` as of chapter 06."""
+    sampling, making = (
+        config.build(chapter, execute.parameters_cell(chapter))
+        for chapter in ("05_sde_mcg_inpainting", "06_synthesis")
+    )
+    return sampling.options | {
+        "method": sampling.method,
+        "steps": making.synthesis_steps,
+        "strength": making.synthesis_strength,
+    }
+
+
+def healed(
+    made: list[Composite], pool: Pool, embed, distance: Callable[..., float], *, batch: int = 8,
+    healings: dict[str, dict[str, object] | None] = HEALINGS,
+) -> Iterator[dict]:  # fmt: skip
+    """One row a way to heal: kernel distance of the crops, and how well the seam is detected."""
+    model = latent.load_latent_diffusion()
+    pasted, unknown = (np.stack([getattr(c, name) for c in made]) for name in ("image", "unknown"))
+    for name, change in healings.items():
+        start, pictures = time.perf_counter(), pasted
+        if change is not None:
+            pictures = diffusion.inpaint(
+                model, pasted, unknown, generator=0, batch=batch, **healing() | change
+            )
+        seconds = time.perf_counter() - start
+        crops = embed(
+            features.crop(picture, pool.mask(row))
+            for picture, c in zip(pictures, made, strict=True)
+            for _, row in places([c])
+        )
+        yield {
+            "healed": name,
+            "KID x 1000": distance(crops, made),
+            "detected": quality.seam_detection(
+                list(pictures), [c.original for c in made], [c.pasted for c in made],
+                groups=[c.image_id for c in made],
+            ),
+            "crops": len(crops),
+            "s/image": seconds / len(made),
+        }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -302,6 +361,11 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
     made, _ = composed(pool, classes, image, options.n_per_class)
     ways = pd.DataFrame(mixed(made, pool, image, embed, distance, settings()["seam"]))
     print(ways.set_index("mixed by").to_string(float_format="{:.2f}".format))
+    rows = list(healed(made, pool, embed, distance))
+    for band in (5, 8):  # as wide as `band` pixels on either side
+        wider, _ = composed(pool, classes, image, options.n_per_class, band=band)
+        rows += healed(wider, pool, embed, distance, healings={f"band of {band} pixels": {}})
+    print(pd.DataFrame(rows).set_index("healed").to_string(float_format="{:.2f}".format))
     return table
 
 
