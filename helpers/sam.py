@@ -15,6 +15,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -796,40 +797,44 @@ def _split(x, heads):
 
 def _mask_logits(head: MaskDecoder, keys, hyper, grid):
     """Upscale the keys four times and multiply them with the outputs' vectors."""
+    upscaled = _upscaling(head)
+
+    def piecewise(places, v):
+        parts = [[v @ row.flatten(0, -2).T for row in upscaled(p)] for p in places.split(_PIECE)]
+        return torch.stack([torch.cat(row, 1) for row in zip(*parts, strict=True)])
+
     if keys.device.type == "cpu" and not torch.is_grad_enabled():
-        logits = torch.stack(
-            [
-                torch.cat([v @ _upscaled(head, k).flatten(0, 1).T for k in places.split(_PIECE)], 1)
-                for places, v in zip(keys.flatten(0, 1), hyper.flatten(0, 1), strict=True)
-            ]
-        )
+        prompts = zip(keys.flatten(0, 1), hyper.flatten(0, 1), strict=True)
+        logits = torch.stack([piecewise(*prompt) for prompt in prompts])
     else:
-        logits = hyper @ _upscaled(head, keys).flatten(2, 3).transpose(-1, -2)
+        rows = [hyper @ row.flatten(2, -2).transpose(-1, -2) for row in upscaled(keys)]
+        logits = torch.stack(rows, dim=2)
     b, p, m = hyper.shape[:3]
-    logits = logits.reshape(b, p, m, *grid, 2, 2, 2, 2)  # row, column, then twice: row, column
-    logits = logits.permute(0, 1, 2, 3, 5, 7, 4, 6, 8)
+    logits = logits.reshape(b, p, 2, m, *grid, 2, 4).permute(0, 1, 3, 4, 6, 2, 5, 7)
     logits = logits.reshape(b, p, m, 4 * grid[0], 4 * grid[1])
     for smooth in head.output_upscaling[5:]:
         logits = smooth(logits)
     return logits
 
 
-def _upscaled(head: MaskDecoder, keys):
-    """The upscaling of keys (..., N, C): (..., N, 16, c), in the order of the places.
+def _upscaling(head: MaskDecoder) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """The upscaling of keys (..., N, C), in the order of the places.
 
     Transposed convolutions of stride and side 2 are matrix products, so places and channels keep
-    their order until the logits, which are few, are put in their places.
+    their order until the logits, which are few, are put in their places. The first cuts each place
+    into two rows of two, the second each of these four once more. The function returned gives the
+    two rows of the second, (..., N, 4, 2, c) each, whose two columns then lie side by side.
     """
     first, norm, act, second, act2 = head.output_upscaling[:5]
-    x = _unfold(first, keys)
-    x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-    return act2(_unfold(second, x)).flatten(-3, -2)
+    whole = first.weight.permute(2, 3, 1, 0).flatten(0, 2), first.bias.repeat(4)
+    halves = [(w.flatten(0, 1), second.bias.repeat(2)) for w in second.weight.permute(2, 3, 1, 0)]
 
+    def upscaled(keys: torch.Tensor) -> list[torch.Tensor]:
+        x = F.linear(keys, *whole).unflatten(-1, (4, -1))
+        x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+        return [act2(F.linear(x, *half)).unflatten(-1, (2, -1)) for half in halves]
 
-def _unfold(conv: nn.ConvTranspose2d, x):
-    """(..., C) to (..., 4, c): the four places into which a place is cut."""
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    return upscaled
 
 
 def default_batch(sam: Sam) -> int:
