@@ -30,6 +30,8 @@ from helpers.replacement import Composite, Sampler, effective_sources, paste, sh
 from helpers.seam import blend
 from helpers.stain import colour_gap, match_stain
 
+TABLES = ("moves", "settings", "mixes", "healing")
+
 #: What is changed of the settings of chapter 04, of the draws or of the composing.
 CHANGES = {
     "as in chapter 04": {},
@@ -218,12 +220,27 @@ MIXES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+def looked_at(
+    pictures: list[np.ndarray], masks: list[np.ndarray], made: list[Composite], pool: Pool, embed,
+    distance: Callable[..., float],
+) -> dict[str, float]:  # fmt: skip
+    """Kernel distance of the crops of versions of composites, and how well seams are detected."""
+    crops = embed(
+        features.crop(picture, pool.mask(row))
+        for picture, c in zip(pictures, made, strict=True)
+        for _, row in places([c])
+    )
+    detected = quality.seam_detection(
+        pictures, [c.original for c in made], masks, groups=[c.image_id for c in made]
+    )
+    return {"KID x 1000": distance(crops, made), "detected": detected, "crops": len(crops)}
+
+
 def mixed(
     made: list[Composite], pool: Pool, image, embed, distance: Callable[..., float],
     seam: tuple[int, int],
 ) -> Iterator[dict]:  # fmt: skip
     """One row a way to mix: kernel distance of the crops, and how well the seam is detected."""
-    originals = [c.original for c in made]
     for name, mix in MIXES.items():
         pictures, masks = [], []
         for c in made:
@@ -237,18 +254,7 @@ def mixed(
                 pasted |= here
             pictures.append(out)
             masks.append(pasted)
-        crops = embed(
-            features.crop(picture, pool.mask(row))
-            for picture, c in zip(pictures, made, strict=True)
-            for _, row in places([c])
-        )
-        yield {
-            "mixed by": name,
-            "KID x 1000": distance(crops, made),
-            "detected": quality.seam_detection(
-                pictures, originals, masks, groups=[c.image_id for c in made]
-            ),
-        }
+        yield {"mixed by": name, **looked_at(pictures, masks, made, pool, embed, distance)}
 
 
 # --- ways to heal ---------------------------------------------------------------------------------
@@ -292,33 +298,21 @@ def healed(
                 model, pasted, unknown, generator=0, batch=batch, **healing() | change
             )
         seconds = time.perf_counter() - start
-        crops = embed(
-            features.crop(picture, pool.mask(row))
-            for picture, c in zip(pictures, made, strict=True)
-            for _, row in places([c])
-        )
-        yield {
-            "healed": name,
-            "KID x 1000": distance(crops, made),
-            "detected": quality.seam_detection(
-                list(pictures), [c.original for c in made], [c.pasted for c in made],
-                groups=[c.image_id for c in made],
-            ),
-            "crops": len(crops),
-            "s/image": seconds / len(made),
-        }  # fmt: skip
+        seen = looked_at(list(pictures), [c.pasted for c in made], made, pool, embed, distance)
+        yield {"healed": name, **seen, "s/image": seconds / len(made)}
 
 
-def main(argv: list[str] | None = None) -> pd.DataFrame | None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="tutorial-phantom", help="finished run with a pool")
     parser.add_argument("--n-per-class", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
     options = parser.parse_args(argv)
     folder = runs.root() / options.run
     if not (folder / "03_pca_pooling" / "pool").is_dir():
         print(f"run {options.run!r} has no pool: make run RUN={options.run} makes it")
-        return None
+        return
     pool = Pool.load(folder / "03_pca_pooling" / "pool")
     classes = _drawable(pool)
     rows = np.flatnonzero(pool.table["label"].isin(classes))
@@ -355,18 +349,25 @@ def main(argv: list[str] | None = None) -> pd.DataFrame | None:
           f"{1000 * floor.mean:.1f}, standard deviation {1000 * floor.std:.1f} "
           f"at {floor.subset_size} crops")  # fmt: skip
     nothing(real, names, labels, np.random.default_rng(1))
-    print(warped(pool, rows, image, embed, rng).to_string(float_format="{:.2f}".format))
-    table = pd.DataFrame(replaced(pool, classes, image, embed, distance, options.n_per_class))
-    print(table.set_index("setting").to_string(float_format="{:.2f}".format))
+
+    def show(table: pd.DataFrame) -> None:
+        print(table.to_string(float_format="{:.2f}".format), flush=True)
+
+    if "moves" in options.only:
+        show(warped(pool, rows, image, embed, rng))
+    if "settings" in options.only:
+        found = replaced(pool, classes, image, embed, distance, options.n_per_class)
+        show(pd.DataFrame(found).set_index("setting"))
     made, _ = composed(pool, classes, image, options.n_per_class)
-    ways = pd.DataFrame(mixed(made, pool, image, embed, distance, settings()["seam"]))
-    print(ways.set_index("mixed by").to_string(float_format="{:.2f}".format))
-    rows = list(healed(made, pool, embed, distance))
-    for band in (5, 8):  # as wide as `band` pixels on either side
-        wider, _ = composed(pool, classes, image, options.n_per_class, band=band)
-        rows += healed(wider, pool, embed, distance, healings={f"band of {band} pixels": {}})
-    print(pd.DataFrame(rows).set_index("healed").to_string(float_format="{:.2f}".format))
-    return table
+    if "mixes" in options.only:
+        ways = mixed(made, pool, image, embed, distance, settings()["seam"])
+        show(pd.DataFrame(ways).set_index("mixed by"))
+    if "healing" in options.only:
+        ways = list(healed(made, pool, embed, distance))
+        for band in (5, 8):
+            wider, _ = composed(pool, classes, image, options.n_per_class, band=band)
+            ways += healed(wider, pool, embed, distance, healings={f"band of {band} pixels": {}})
+        show(pd.DataFrame(ways).set_index("healed"))
 
 
 def _drawable(pool: Pool, least: int = 5) -> list[str]:
