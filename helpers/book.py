@@ -112,7 +112,7 @@ def run_page(run: str) -> str:
     body = "\n".join(rows)
     return f"""# The run behind this book
 
-Every number and picture in the chapters comes from one run, `{run}`, made with the preset
+Numbers and pictures in the chapters come from one run, `{run}`, unless another source is named; it was made with the preset
 `{Path(record["preset"]).stem}`; further options: {extra}.
 The chapters took {total / 60:.1f} minutes together.
 Each one ran in a process of its own; memory is the largest amount that process ever held.
