@@ -112,7 +112,8 @@ def run_page(run: str) -> str:
     body = "\n".join(rows)
     return f"""# The run behind this book
 
-Numbers and pictures in the chapters come from one run, `{run}`, unless another source is named; it was made with the preset
+Numbers and pictures in the chapters come from one run, `{run}`, unless another source is named.
+It was made with the preset
 `{Path(record["preset"]).stem}`; further options: {extra}.
 The chapters took {total / 60:.1f} minutes together.
 Each one ran in a process of its own; memory is the largest amount that process ever held.

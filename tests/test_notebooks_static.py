@@ -204,3 +204,20 @@ def test_each_preset_names_its_run():
 def test_helpers_are_found(path):
     assert {"config", "runs", "figures"} <= set(runs.closure(path.stem))
     assert Path(runs.notebook(path.stem)) == path
+
+
+@each_notebook
+def test_boxes_with_code_are_fenced_longer_than_the_code(path):
+    """Three backticks within three backticks end the box, and the rest of it is shown raw."""
+    fence = None
+    text = "\n".join(cell["source"] for cell in cells(path, "markdown"))
+    for line in text.splitlines():
+        ticks, info = re.match(r"(`*)(.*)", line).groups()
+        if len(ticks) < 3:
+            continue
+        if fence is None:
+            fence = ticks
+        elif len(ticks) >= len(fence):
+            assert not info, f"{info!r} within a fence of {len(fence)} backticks"
+            fence = None
+    assert fence is None
