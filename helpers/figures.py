@@ -720,7 +720,7 @@ def candidates(
         axis.bar(np.arange(m) - 0.4 + step * (index + 0.5), values, step * 0.92, label=name)
     axis.set(xlim=(-0.5, m - 0.5), xticks=[], ylabel="probability")
     axis.grid(axis="x", visible=False)
-    axis.legend()
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(probabilities))
     return figure
 
 
@@ -990,6 +990,7 @@ def confusions(matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> Fi
     ncols = min(2, len(matrices))
     nrows = -(-len(matrices) // ncols)
     figure, axes = _subplots(nrows, ncols, figsize=(WIDTH, nrows * WIDTH / 2.1), squeeze=False)
+    figure.get_layout_engine().set(h_pad=0.12)
     for axis in axes.flat[len(matrices) :]:
         axis.remove()
     for axis, (title, matrix) in zip(axes.flat, matrices.items(), strict=False):
