@@ -301,7 +301,12 @@ def test_what_is_explained_costs_no_glands(small):
         )
         found = [
             segment(
-                small, scene.image, rng=np.random.default_rng(0), n_segments=16, explained_iou=iou
+                small,
+                scene.image,
+                rng=np.random.default_rng(0),
+                n_segments=16,
+                crop_n_layers=1,
+                explained_iou=iou,
             ).masks
             for iou in (1, 0.7)
         ]
