@@ -16,11 +16,15 @@ from scipy.sparse import coo_matrix
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 from skimage.color import rgb2lab
-from skimage.segmentation import felzenszwalb, slic
+from skimage.segmentation import felzenszwalb
 from sklearn.cluster import AgglomerativeClustering
 
 from helpers.anchors import Prompted, anchors, match_glands, take
 from helpers.sam import check_image, default_batch
+from helpers.superpixels import slic_labels
+
+#: Compactness and sigma of SLIC as a baseline: the customary ones, smoothed.
+_SLIC = (10.0, 2.0)
 
 
 def slic_alone(image: np.ndarray, n: int) -> np.ndarray:
@@ -41,7 +45,7 @@ def slic_alone(image: np.ndarray, n: int) -> np.ndarray:
     image = check_image(image)
 
     def attempt(ask: float) -> np.ndarray:
-        return _slic(image, max(1, round(ask)))
+        return slic_labels(image, max(1, round(ask)), *_SLIC)
 
     return _nearest_count(attempt, n, start=n, rising=True)
 
@@ -59,7 +63,7 @@ def slic_merged(image: np.ndarray, n: int, *, finer: int = 8) -> np.ndarray:
     """
     _check_count(n)
     image = check_image(image)
-    labels = _slic(image, finer * n)
+    labels = slic_labels(image, finer * n, *_SLIC)
     count = np.bincount(labels.ravel())
     if len(count) <= n:
         return _masks(labels)
@@ -267,11 +271,6 @@ def grid_side(n_prompts: int, n_layers: int = 0) -> int:
 def _layers(side: int, n_layers: int) -> int:
     """Layers of crops that have a prompt in each crop at least."""
     return min(n_layers, side.bit_length() - 1)
-
-
-def _slic(image: np.ndarray, n: int) -> np.ndarray:
-    labels = slic(image, n, compactness=10.0, sigma=2.0, start_label=0)
-    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
 
 
 def _adjacency(labels: np.ndarray) -> coo_matrix:

@@ -70,11 +70,11 @@ def superpixels(
         raise ValueError(f"sigma = {sigma}; it must not be negative (try 2).")
     if n_segments == 1:
         return np.zeros(image.shape[:2], np.int32)
-    labels = _slic(image, n_segments, compactness, sigma)
+    labels = slic_labels(image, n_segments, compactness, sigma)
     n = int(labels.max()) + 1
     other_way = max(1, round(n_segments**2 / n))
     if _seeds(image, other_way) != _seeds(image, n_segments):
-        again = _slic(image, other_way, compactness, sigma)
+        again = slic_labels(image, other_way, compactness, sigma)
         if abs(int(again.max()) + 1 - n_segments) < abs(n - n_segments):
             labels, n = again, int(again.max()) + 1
     if not n_segments / TOLERANCE <= n <= n_segments * TOLERANCE:
@@ -92,7 +92,8 @@ def most_superpixels(size: tuple[int, int]) -> int:
     return size[0] * size[1] // 16
 
 
-def _slic(image: np.ndarray, n: int, compactness: float, sigma: float) -> np.ndarray:
+def slic_labels(image: np.ndarray, n: int, compactness: float, sigma: float) -> np.ndarray:
+    """(H, W) int32 ndarray: labels 0 .. m-1 of SLIC asked for `n` superpixels."""
     labels = slic(image, n, compactness=compactness, sigma=sigma, start_label=0, channel_axis=-1)
     _, labels = np.unique(labels, return_inverse=True)
     return labels.reshape(image.shape[:2]).astype(np.int32)

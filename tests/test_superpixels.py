@@ -44,8 +44,10 @@ def test_superpixels_are_the_nearer_of_two_attempts(size, n, found):
 def test_a_grid_that_stays_the_same_is_not_asked_again(monkeypatch):
     """Whatever the second answer would be, it costs nothing where it is the first one again."""
     image, asked = immunohistochemistry()[:120, :300], []
-    plain = module._slic
-    monkeypatch.setattr(module, "_slic", lambda *given: asked.append(given[1]) or plain(*given))
+    plain = module.slic_labels
+    monkeypatch.setattr(
+        module, "slic_labels", lambda *given: asked.append(given[1]) or plain(*given)
+    )
     superpixels(image, 60)
     assert asked == [60] and len(np.unique(plain(image, 60, 40, 2))) == 59
     np.testing.assert_array_equal(plain(image, 60, 40, 2), plain(image, 61, 40, 2))
@@ -70,7 +72,9 @@ def test_a_superpixel_has_room_for_sixteen_pixels():
 @pytest.mark.parametrize(("found", "warned"), [(13, True), (14, False), (30, False), (31, True)])
 def test_a_number_more_than_half_as_many_again_away_is_warned_of(found, warned, monkeypatch):
     monkeypatch.setattr(
-        module, "_slic", lambda image, *_: np.arange(image[..., 0].size).reshape(20, 30) % found
+        module,
+        "slic_labels",
+        lambda image, *_: np.arange(image[..., 0].size).reshape(20, 30) % found,
     )
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
