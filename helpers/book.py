@@ -99,8 +99,7 @@ def run_page(run: str) -> str:
     record = runs.load(runs.root() / run / "run.json")
     times, versions, rows, total = runs.timings(run), {}, [], 0.0
     for chapter in config.CHAPTERS:
-        path = runs.root() / run / chapter / "manifest.json"
-        manifest = runs.load(path)
+        manifest = runs.load(runs.manifest(run, chapter))
         versions = manifest["versions"]
         time_ = times.get(chapter, manifest)
         seconds, memory = time_["seconds"], manifest["peak_memory_gb"]

@@ -223,7 +223,7 @@ def _check_needs(run: str, chapters: Sequence[str]) -> None:
 
 
 def _finished(run: str, chapter: str) -> bool:
-    return _manifest(run, chapter).exists()
+    return runs.manifest(run, chapter).exists()
 
 
 def _check_images(run: str, chapters: Sequence[str]) -> None:
@@ -275,16 +275,12 @@ def _code(path: Path) -> list[str]:
 
 
 def _record(run: str, chapter: str) -> dict[str, str]:
-    return {"manifest": sha256(_manifest(run, chapter))}
-
-
-def _manifest(run: str, chapter: str) -> Path:
-    return runs.root() / run / chapter / "manifest.json"
+    return {"manifest": sha256(runs.manifest(run, chapter))}
 
 
 def _made(run: str, chapter: str) -> int | None:
     """When a chapter was last finished, in nanoseconds; None if it never was."""
-    manifest = _manifest(run, chapter)
+    manifest = runs.manifest(run, chapter)
     return manifest.stat().st_mtime_ns if manifest.exists() else None
 
 
@@ -319,7 +315,7 @@ def _papermill(run: str, chapter: str, values: Mapping[str, Any]) -> float:
     for path in (failed, log):
         path.unlink(missing_ok=True)
     runs.dump(target.with_suffix(".json"), _record(run, chapter))
-    return float(runs.load(_manifest(run, chapter))["peak_memory_gb"])
+    return float(runs.load(runs.manifest(run, chapter))["peak_memory_gb"])
 
 
 def _environment() -> dict[str, str]:

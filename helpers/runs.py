@@ -265,6 +265,11 @@ def executed(run: str, chapter: str) -> Path:
     return root() / run / "notebooks" / f"{chapter}.ipynb"
 
 
+def manifest(run: str, chapter: str) -> Path:
+    """Manifest of a chapter in the run folder, which is there once the chapter has finished."""
+    return root() / run / chapter / "manifest.json"
+
+
 def timings(run: str) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of each chapter when it last ran: ``timings.json`` of the run."""
     path = root() / run / "timings.json"
@@ -426,8 +431,8 @@ class Stage:
         dump(self._partial / "results.json", results)
         written = (p for p in sorted(self._partial.iterdir()) if p.name != ".key")
         outputs = {path.name: _hashes.any(path) for path in written}
-        manifest = self._manifest() | {"outputs": outputs}
-        dump(self._partial / "manifest.json", manifest, exact=True)
+        record = self._manifest() | {"outputs": outputs}
+        dump(self._partial / "manifest.json", record, exact=True)
         if self._final.exists():
             shutil.rmtree(self._old, ignore_errors=True)
             os.replace(self._final, self._old)
@@ -496,7 +501,7 @@ class Stage:
     def _finished(self, chapter: str) -> None:
         if chapter == self.chapter:
             return
-        if not (self.folder / chapter / "manifest.json").exists():
+        if not manifest(self.run, chapter).exists():
             raise FileNotFoundError(
                 f"run {self.run!r} has no finished chapter {chapter}, which {self.chapter} builds "
                 f"on. {self._how(chapter)}"
@@ -511,7 +516,7 @@ class Stage:
         if self._old.exists() and not self._final.exists():  # killed between two moves of finish
             os.replace(self._old, self._final)
         shutil.rmtree(self._old, ignore_errors=True)
-        manifests = [self.folder / need / "manifest.json" for need in NEEDS[self.chapter]]
+        manifests = [manifest(self.run, need) for need in NEEDS[self.chapter]]
         state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
         state += [json.dumps(self._code, sort_keys=True), _source(self.chapter)]
         key = hashlib.sha256("\n".join(state).encode()).hexdigest()
@@ -571,28 +576,27 @@ def up_to_date(run: str, chapter: str, params: config.Common) -> tuple[bool, str
         The verdict and its reason, in words fit for a log line.
     """
     folder = root() / run
-    path = folder / chapter / "manifest.json"
-    if not path.exists():
+    if not manifest(run, chapter).exists():
         return False, "not run yet"
     try:
-        manifest = load(path)
-        old = config.build(chapter, manifest["params"])
+        last = load(manifest(run, chapter))
+        old = config.build(chapter, last["params"])
     except (ValueError, KeyError):
         return False, "recorded with other parameters"
     changed = [n for n in type(params).model_fields if getattr(params, n) != getattr(old, n)]
     if changed:
         return False, f"{', '.join(changed)} changed"
-    if manifest.get("data") != _data(params):
+    if last.get("data") != _data(params):
         return False, "data folder changed"
     for kind, now in (("helpers", closure(chapter)), ("weights", weights(chapter))):
-        before = manifest.get(kind, {})
+        before = last.get(kind, {})
         different = sorted(n for n in {*now, *before} if now.get(n) != before.get(n))
         if different:
             return False, f"{kind} changed: {', '.join(different)}"
-    for name, digest in manifest["inputs"].items():
+    for name, digest in last["inputs"].items():
         if _hashes.any(folder / name) != digest:  # of a full path, folder / name is that path
             return False, f"input changed: {name}"
-    for name, digest in manifest.get("outputs", {}).items():
+    for name, digest in last.get("outputs", {}).items():
         if _hashes.any(folder / chapter / name) != digest:
             return False, f"damaged or missing: {name}"
     return True, "up to date"
