@@ -52,12 +52,14 @@ from helpers.latent_scenes import (
 )
 from helpers.samplers import inpaint_latents
 from helpers.training import (
+    OWN_LICENCE,
     Recipe,
     Trainer,
     add_average,
     average,
     drawn_with,
     machine,
+    model_card,
     with_digest,
 )
 
@@ -249,7 +251,18 @@ class AutoencoderTrainer(Trainer):
         model = {"image_patch": self.recipe.image_patch, "shift": self.shift, "scale": self.scale}
         save_weights(path, "autoencoder", self.average, {"build": self.build, "model": model})
         self.write_log(path)
-        _write_card(self, path, command)
+        r = self.recipe
+        _write_card(
+            self, path, command,
+            what="First stage of the small latent diffusion model: `diffusers.AutoencoderKL`.",
+            architecture=f"pixels folded {r.image_patch} x {r.image_patch}, channels {r.channels}, "
+            f"factor {r.image_patch * 2 ** (len(r.channels) - 1)}, {r.latent_channels} latent "
+            "channels, scaled to unit variance "
+            f"(shift {self.shift:.4f}, scale {self.scale:.4f})",
+            others=f"abstract textures ({r.textures:.0%})",
+            batch=f"{r.batch} crops of {r.crop} px",
+            score=_score(self.last, 24),
+        )  # fmt: skip
 
 
 class Discriminator(nn.Module):
@@ -545,7 +558,19 @@ class UNetTrainer(Trainer):
         """Write weights, curve and model card."""
         save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
         self.write_log(path)
-        _write_card(self, path, command)
+        r = self.recipe
+        p = r.latent_patch
+        folded = f"latents folded {p} x {p}, " if p > 1 else ""
+        _write_card(
+            self, path, command,
+            what="Noise network of the small latent diffusion model: `diffusers.UNet2DModel`.",
+            architecture=f"{folded}channels {r.channels}, attention at the coarsest level, "
+            "predicts v, unconditional",
+            others=f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times "
+            "as often",
+            batch=f"{r.batch} latents of 256 px images",
+            score=_score(self.last, 48),
+        )  # fmt: skip
 
 
 def even_times(n: int, end: int) -> torch.Tensor:
@@ -633,62 +658,28 @@ def _roughness(image: np.ndarray) -> float:
     return float(np.abs(cv2.Laplacian(image.mean(-1), cv2.CV_64F)).mean()) + 1e-6
 
 
-def _write_card(trainer: Trainer, path: Path, command: str) -> None:
-    """Describe the weights: data, command, seed, steps, score, licence, digest."""
-    r, last = trainer.recipe, trainer.last
-    parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
-    size = path.stat().st_size / 1e6
-    if trainer.kind == "autoencoder":
-        what = "First stage of the small latent diffusion model: `diffusers.AutoencoderKL`."
-        factor = r.image_patch * 2 ** (len(r.channels) - 1)
-        shape = (
-            f"pixels folded {r.image_patch} x {r.image_patch}, channels {r.channels}, "
-            f"factor {factor}, {r.latent_channels} latent channels, scaled to unit variance "
-            f"(shift {trainer.shift:.4f}, scale {trainer.scale:.4f})"
-        )
-        seen = f"abstract textures ({r.textures:.0%})"
-        batch = f"{r.batch} crops of {r.crop} px"
-        score = _score(last, 24)
-    else:
-        what = "Noise network of the small latent diffusion model: `diffusers.UNet2DModel`."
-        folded = (
-            f"latents folded {r.latent_patch} x {r.latent_patch}, " if r.latent_patch > 1 else ""
-        )
-        shape = (
-            f"{folded}channels {r.channels}, attention at the coarsest level, predicts v, "
-            "unconditional"
-        )
-        seen = (
-            f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times as often"
-        )
-        batch = f"{r.batch} latents of 256 px images"
-        score = _score(last, 48)
+def _write_card(
+    trainer: Trainer, path: Path, command: str, *, what: str, architecture: str, batch: str,
+    score: str, others: str,
+) -> None:  # fmt: skip
+    """Write the model card of a network of the latent diffusion model.
+
+    `batch` is what a step sees, and `others` are the scenes that show no tissue.
+    """
+    r = trainer.recipe
     data, licence = f"the images of {r.images}", "that of the images, as far as it covers weights"
     if r.images is None:
-        licence = "MIT, as the code of this repository"
+        licence = OWN_LICENCE
         data = (
             f"{r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a "
-            f"quarter IHC) and {seen}; no real tissue"
+            f"quarter IHC) and {others}; no real tissue"
         )
-    path.with_suffix(".md").write_text(f"""# {path.name}
-
-{what}
-
-| | |
-|---|---|
-| architecture | {shape} |
-| parameters | {parameters:.2f} million, fp16, {size:.1f} MB, average of the weights over the run |
-| data | {data} |
-| command | `{command}` |
-| seed | {r.seed} |
-| steps | {trainer.step} of {batch}, {trainer.seconds / 60:.0f} minutes on \
-{machine(trainer.device)} |
-| held-out score | {score} |
-| licence | {licence} |
-| SHA-256 | `{sha256(path)}` |
-
-The training curve is in `{path.with_suffix(".json").name}`.
-""", encoding="utf-8")  # fmt: skip
+    card = model_card(
+        trainer, path, what, architecture=architecture, data=data, command=command, batch=batch,
+        score=score, licence=licence,
+    )  # fmt: skip
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def _score(last: dict[str, float], n: int) -> str:

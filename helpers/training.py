@@ -189,6 +189,57 @@ def average(paths: Sequence[Path], path: Path) -> None:
             temporary.write_text(f"{text.rstrip()}\n\nMean of {names}.\n", encoding="utf-8")
 
 
+#: What the weights may be used under that were trained on drawn scenes alone.
+OWN_LICENCE = "MIT, as the code of this repository"
+
+
+def model_card(
+    trainer: Trainer, path: Path, what: str, *, architecture: str, data: str, command: str,
+    batch: str, score: str, licence: str = OWN_LICENCE, start: str | None = None,
+) -> str:  # fmt: skip
+    """Text of a model card, in Markdown.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        The training when it ended.
+    path : Path
+        The weights, written already.
+    what, architecture, data, command, score, licence, start
+        What the network is, how it is built, what it has seen, the command that trains it, its
+        score on what was held out, and its licence; what it started from, if not at random.
+    batch : str
+        What one step sees, e.g. ``8 crops of 64 px``.
+    """
+    path = Path(path)
+    parameters = sum(v.numel() for v in trainer.average.values()) / 1e6
+    minutes = f"{trainer.seconds / 60:.0f} minutes on {machine(trainer.device)}"
+    rows = {
+        "architecture": architecture,
+        "parameters": f"{parameters:.2f} million, fp16, {path.stat().st_size / 1e6:.1f} MB, "
+        "average of the weights over the run",
+        "start": start,
+        "data": data,
+        "command": f"`{command}`",
+        "seed": trainer.recipe.seed,
+        "steps": f"{trainer.step} of {batch}, {minutes}",
+        "held-out score": score,
+        "licence": licence,
+        "SHA-256": f"`{sha256(path)}`",
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text is not None)
+    return f"""# {path.name}
+
+{what}
+
+| | |
+|---|---|
+{table}
+
+The training curve is in `{path.with_suffix(".json").name}`.
+"""
+
+
 def with_digest(card: str, path: Path) -> str:
     """Text of a model card with the SHA-256 that its weights have now."""
     return re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{sha256(path)}`", card)
