@@ -175,26 +175,8 @@ def inpaint(
         If a sample becomes NaN or infinite.
     """
     images, unknown = _check(images, unknown)
-    from_image = Sampling(**sampling).strength < 1
-    if fill is None:
-        fill = "keep" if from_image else "nearest"
-    if detail is None:
-        detail = from_image and fill == "keep"
-    if mask_rule not in ("all", "any") or fill not in ("nearest", "keep"):
-        raise ValueError(
-            f"mask_rule={mask_rule!r}, fill={fill!r}: use 'all' or 'any', and 'nearest' or 'keep'"
-        )
-    if detail and fill != "keep":
-        raise ValueError(
-            f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
-            "use fill='keep'"
-        )
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch={batch}: give at least 1 image at once, or None for all")
-    if ramp < 0:
-        raise ValueError(f"ramp={ramp}: give 0 or more pixels")
-    if context is not None and context < 0:
-        raise ValueError(f"context={context}: give 0 or more pixels, or None for the whole image")
+    fill, detail = _filling(fill, detail, from_image=Sampling(**sampling).strength < 1)
+    _check_options(mask_rule, batch, ramp, context)
     N = len(images)
     generators = list(generator) if isinstance(generator, Sequence) else spawn(generator, N)
     if len(generators) != N:
@@ -222,6 +204,33 @@ def inpaint(
 
         size = _in_batches(run, same, size, generators)
     return out
+
+
+def _filling(fill: str | None, detail: bool | None, *, from_image: bool) -> tuple[str, bool]:
+    """What the encoder sees in the hole, and whether lost detail is added, with their defaults."""
+    if fill is None:
+        fill = "keep" if from_image else "nearest"
+    if fill not in ("nearest", "keep"):
+        raise ValueError(f"fill={fill!r}: use 'nearest' or 'keep'")
+    if detail is None:
+        detail = from_image and fill == "keep"
+    if detail and fill != "keep":
+        raise ValueError(
+            f"detail=True takes detail from the unknown pixels, which fill={fill!r} overwrites: "
+            "use fill='keep'"
+        )
+    return fill, detail
+
+
+def _check_options(mask_rule: str, batch: int | None, ramp: int, context: int | None) -> None:
+    if mask_rule not in ("all", "any"):
+        raise ValueError(f"mask_rule={mask_rule!r}: use 'all' or 'any'")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch}: give at least 1 image at once, or None for all")
+    if ramp < 0:
+        raise ValueError(f"ramp={ramp}: give 0 or more pixels")
+    if context is not None and context < 0:
+        raise ValueError(f"context={context}: give 0 or more pixels, or None for the whole image")
 
 
 def _same_size(todo: list[int], areas: Sequence[tuple[slice, slice]]) -> list[list[int]]:
