@@ -14,7 +14,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -255,6 +255,60 @@ def stratified(
     return rng.permutation(np.concatenate(rows))
 
 
+def kid_difference(
+    x: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    origins: Origins | None = None,
+    classes: Classes | None = None,
+) -> Callable[[np.ndarray], float]:
+    """Kernel distance of a sample from x, minus that of another one at the same places.
+
+    Parameters
+    ----------
+    x : (n, d) float ndarray
+        Features of real images.
+    a, b : (m, d) float ndarray
+        Features of two versions of the same synthetic images.
+    origins, classes : pair of sequences, optional
+        As for :func:`mmd2`, of x and of both versions.
+
+    Returns
+    -------
+    callable
+        Takes the weight of each of the m synthetic images, (m,), such as how often each comes in a
+        resample; returns the difference, or NaN if no pair of unrelated images of two classes is
+        left. Two copies of one image are no pair.
+
+    Raises
+    ------
+    ValueError
+        As :func:`mmd2`, and if the versions differ in shape.
+    """
+    x, a, b = _features(x, "x"), _features(a, "a"), _features(b, "b")
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {a.shape} but b {b.shape}: give two versions of each image")
+    samples = _all_samples((x, a), origins, classes)
+    i, j = np.split(np.arange(len(x) + len(a)), [len(x)])
+    members, shares = samples.members, samples.shares
+    pairs, cross = _unrelated(samples, j, j), _unrelated(samples, i, j)
+    gain = (polynomial_kernel(a, a) - polynomial_kernel(b, b)) * pairs
+    towards = members[i].T @ ((polynomial_kernel(x, a) - polynomial_kernel(x, b)) * cross)
+    n_cross = members[i].T @ cross
+
+    def difference(weights: np.ndarray) -> float:
+        of = members[j] * np.asarray(weights, float)[:, None]
+        with np.errstate(invalid="ignore"):
+            within = (of.T @ gain @ of) / (of.T @ pairs @ of)
+            between = (towards @ of) / (n_cross @ of)
+        return float(shares @ (within - 2 * between) @ shares)
+
+    if np.isnan(difference(np.ones(len(a)))):
+        raise ValueError(_NO_PAIRS)
+    return difference
+
+
 # --- the seam ------------------------------------------------------------------------------------
 
 
@@ -293,6 +347,28 @@ def normal_gradient(image: np.ndarray, mask: np.ndarray, *, sigma: float = 1.0) 
     across = np.abs((slope * normal).sum(0)) / np.maximum(length, 1e-9)
     inside = _interior(image.shape[:2], int(np.ceil(2 * sigma)))[rows, columns]
     return across[(np.abs(distance) < 1) & (length > 1e-6) & inside]
+
+
+def outline_gradients(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], *, sigma: float = 1.0,
+    name: str = "images",
+) -> np.ndarray:  # fmt: skip
+    """Mean of :func:`normal_gradient` along the outline of each mask.
+
+    Returns
+    -------
+    (n,) float64 ndarray
+        NaN where a mask has no outline inside its image.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of images and masks differ; `name` says of which images.
+    """
+    if len(images) != len(masks):
+        raise ValueError(f"{len(images)} {name} but {len(masks)} masks: give one mask an image")
+    found = [normal_gradient(i, m, sigma=sigma) for i, m in zip(images, masks, strict=True)]
+    return np.array([values.mean() if values.size else np.nan for values in found])
 
 
 @dataclass(frozen=True)
@@ -399,20 +475,43 @@ def outline_strips(
     return np.array(found, np.float32).reshape(-1, length, 2 * depth + 1, 3)
 
 
-def seam_detection(
+@dataclass(frozen=True)
+class Detection:
+    """What a detector of seams says of strips of images that it has not learned from.
+
+    Attributes
+    ----------
+    evidence : (n,) float64 ndarray
+        For a seam, of each strip.
+    pasted : (n,) bool ndarray
+        Whether there is one.
+    groups : (n,) str ndarray
+        Original of the image of each strip.
+    """
+
+    evidence: np.ndarray
+    pasted: np.ndarray
+    groups: np.ndarray
+
+    def auc(self, weights: np.ndarray | None = None) -> float:
+        """Area under the curve, (n,) weights for the strips: 0.5 by chance, 1 if all are found."""
+        return float(roc_auc_score(self.pasted, self.evidence, sample_weight=weights))
+
+
+def detect_seams(
     images: Sequence[np.ndarray],
     originals: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     *,
     groups: Sequence[str],
     n_folds: int = 5,
-) -> float:
-    """How well a trained detector tells pasted outlines from the same lines before pasting.
+) -> Detection:
+    """Train a detector to tell pasted outlines from the same lines before pasting, and ask it.
 
     Strips along the outlines are described by what a seam changes, at each distance from it: the
     contrast across and along, the spread, and the correlation with the next line of pixels, as they
     are and smoothed by Gaussians of 1 and 2 pixels. A logistic regression learns from four fifths
-    of the images and is tested on the others.
+    of the images and is asked about the others.
 
     Parameters
     ----------
@@ -427,9 +526,13 @@ def seam_detection(
 
     Returns
     -------
-    float
-        Area under the curve: 0.5 if no seam is found, 1 if every one is. Not a number with fewer
-        than two originals, or without outlines.
+    Detection
+
+    Raises
+    ------
+    ValueError
+        If there is not one of each for every image, or fewer than two originals have an outline
+        long enough for a strip.
     """
     if not len(images) == len(originals) == len(masks) == len(groups):
         raise ValueError(
@@ -438,33 +541,34 @@ def seam_detection(
         )
     x, y, group = [], [], []
     for image, original, mask, name in zip(images, originals, masks, groups, strict=True):
-        for picture, pasted in ((original, 0), (image, 1)):
+        for picture, pasted in ((original, False), (image, True)):
             strips = outline_strips(picture, mask)
             x.append(_describe(strips))
             y += [pasted] * len(strips)
             group += [name] * len(strips)
     n_groups = len(set(group))
     if n_groups < 2:
-        return float("nan")
+        raise ValueError(
+            f"{n_groups} originals with a strip of outline: a detector that learns from some and "
+            "is asked about others needs at least two"
+        )
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
     folds = GroupKFold(min(n_folds, n_groups))
-    score = cross_val_predict(
+    evidence = cross_val_predict(
         model, np.concatenate(x), y, groups=group, cv=folds, method="decision_function"
     )
-    return float(roc_auc_score(y, score))
+    return Detection(evidence, np.array(y), np.array(group))
 
 
 # --- inside --------------------------------------------------------------------------------------
 
 
 def _mean_outline(images, masks, sigma: float, name: str) -> tuple[float, int]:
-    if len(images) != len(masks):
-        raise ValueError(f"{len(images)} {name} but {len(masks)} masks: give one mask an image")
-    found = [normal_gradient(i, m, sigma=sigma) for i, m in zip(images, masks, strict=True)]
-    means = [values.mean() for values in found if values.size]
-    if not means:
+    means = outline_gradients(images, masks, sigma=sigma, name=name)
+    means = means[np.isfinite(means)]
+    if not len(means):
         raise ValueError(f"{name}: no mask has an outline inside its image, nothing to compare")
-    return float(np.mean(means)), len(means)
+    return float(means.mean()), len(means)
 
 
 def _window(mask: np.ndarray, pad: int) -> tuple[slice, slice]:
@@ -483,7 +587,7 @@ def _interior(shape: tuple[int, int], margin: int) -> np.ndarray:
 
 
 def _describe(strips: np.ndarray) -> np.ndarray:
-    """Numbers of each strip, (n, features), at three scales; see :func:`seam_detection`."""
+    """Numbers of each strip, (n, features), at three scales; see :func:`detect_seams`."""
     smooth = [ndimage.gaussian_filter(strips, (0, sigma, sigma, 0)) for sigma in (1.0, 2.0)]
     return np.concatenate([_numbers(each) for each in (strips, *smooth)], axis=1)
 
@@ -601,14 +705,19 @@ def _mmd2(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
 
 def _mean_of_unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
     """Mean of the kernel over pairs that share no image, classes weighted by their shares."""
-    shows, shares = samples.shows, samples.shares
-    unrelated = (i[:, None] != j) & ((shows[i] @ shows[j].T).toarray() == 0)
+    shares, unrelated = samples.shares, _unrelated(samples, i, j)
     kernel = polynomial_kernel(samples.features[i], samples.features[j])
     of_i, of_j = samples.members[i].T, samples.members[j]
     counts = of_i @ unrelated @ of_j
     if not counts.all():
         return float("nan")
     return float(shares @ (of_i @ (kernel * unrelated) @ of_j / counts) @ shares)
+
+
+def _unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Pairs of rows that are not the same and share no image, (len(i), len(j)) bool."""
+    shows = samples.shows
+    return (i[:, None] != j) & ((shows[i] @ shows[j].T).toarray() == 0)
 
 
 def _features(x, name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ weighted sum of them, so that thousands of samples cost one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -247,6 +247,52 @@ def paired_bootstrap(
     null = _swapped(a, b, swaps, metric)
     p = (known + (np.abs(null) >= abs(difference) - 1e-12).sum()) / (known + len(null))
     return Comparison(difference, float(low), float(high), float(p), len(names))
+
+
+def resampled(
+    measure: Callable[..., float],
+    *groups,
+    n_boot: int = 1000,
+    level: float = 0.95,
+    rng: np.random.Generator,
+) -> tuple[float, float, float]:
+    """Value of a measure, and its interval by resampling groups of samples.
+
+    Parameters
+    ----------
+    measure : callable
+        Takes the weights of the samples, (n,) each for one of `groups`: how often each comes.
+        Draws for which it is NaN do not count.
+    *groups : (n,) array_like
+        Group of each sample, e.g. the image it was cut from, of one or several sets of samples. The
+        same groups are drawn for all sets, with replacement.
+    n_boot : int
+        Draws.
+    level : float
+        Coverage of the interval, in (0, 1).
+    rng : numpy.random.Generator
+        Source of the draws.
+
+    Returns
+    -------
+    (float, float, float)
+        Value of all samples, lower and upper end.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two groups, or `n_boot` or `level` are out of range.
+    """
+    if n_boot < 1 or not 0 < level < 1:
+        raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")
+    sizes = [len(each) for each in groups]
+    names, index = np.unique(np.concatenate([np.asarray(g) for g in groups]), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} group: resampling needs at least two")
+    index = np.split(index, np.cumsum(sizes)[:-1])
+    found = [measure(*(draw[i] for i in index)) for draw in _draw(len(names), n_boot, rng)]
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(measure(*(np.ones(n) for n in sizes))), float(low), float(high)
 
 
 def holm(p) -> np.ndarray:

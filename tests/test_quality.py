@@ -361,16 +361,16 @@ def pasted_noise(contrast, n=16):
 def test_a_hard_paste_is_detected_and_an_unchanged_image_is_not():
     images, originals, masks = pasted_noise(10)
     names = [str(k) for k in range(len(images))]
-    assert quality.seam_detection(images, originals, masks, groups=names) > 0.95
+    assert quality.detect_seams(images, originals, masks, groups=names).auc() > 0.95
     # Other images of the same kind, nothing pasted: chance.
     other = [image[::-1].copy() for image in originals]
-    assert abs(quality.seam_detection(other, originals, masks, groups=names) - 0.5) < 0.15
+    assert abs(quality.detect_seams(other, originals, masks, groups=names).auc() - 0.5) < 0.15
     soft = []
     for image, original, mask in zip(images, originals, masks, strict=True):
         share = ndimage.gaussian_filter(mask.astype(float), 5)[..., None]
         soft.append((share * image + (1 - share) * original).astype(np.uint8))
-    hard = quality.seam_detection(images, originals, masks, groups=names)
-    assert quality.seam_detection(soft, originals, masks, groups=names) < hard
+    hard = quality.detect_seams(images, originals, masks, groups=names).auc()
+    assert quality.detect_seams(soft, originals, masks, groups=names).auc() < hard
 
 
 def test_images_of_one_original_are_never_in_two_folds():
@@ -391,15 +391,87 @@ def test_images_of_one_original_are_never_in_two_folds():
             originals.append(pair[1])
             groups.append(f"original {k}")
     masks = [mask] * len(images)
-    apart = quality.seam_detection(images, originals, masks, groups=groups)
-    mixed = quality.seam_detection(
-        images, originals, masks, groups=[str(k) for k in range(len(images))]
-    )
+    apart = quality.detect_seams(images, originals, masks, groups=groups).auc()
+    each = [str(k) for k in range(len(images))]
+    mixed = quality.detect_seams(images, originals, masks, groups=each).auc()
     assert mixed > apart + 0.1
 
 
 def test_detection_needs_two_originals_and_one_of_each():
     images, originals, masks = pasted_noise(10, n=2)
-    assert np.isnan(quality.seam_detection(images, originals, masks, groups=["a", "a"]))
+    with pytest.raises(ValueError, match="1 originals with a strip of outline"):
+        quality.detect_seams(images, originals, masks, groups=["a", "a"])
     with pytest.raises(ValueError, match="1 groups: give one of each"):
-        quality.seam_detection(images, originals, masks, groups=["a"])
+        quality.detect_seams(images, originals, masks, groups=["a"])
+
+
+def test_the_area_under_the_curve_counts_pairs_and_weights_repeat_strips():
+    """Share of pairs of a strip with and one without a seam that are in the right order."""
+    rng = np.random.default_rng(3)
+    pasted, evidence = rng.random(30) < 0.4, rng.normal(size=30).round(1)
+    found = quality.Detection(evidence, pasted, np.arange(30).astype(str))
+
+    def share(e, p):
+        pairs = [(a > b) + 0.5 * (a == b) for a in e[p] for b in e[~p]]
+        return np.mean(pairs)
+
+    assert found.auc() == pytest.approx(share(evidence, pasted))
+    times = rng.integers(0, 4, 30)
+    assert found.auc(times) == pytest.approx(
+        share(np.repeat(evidence, times), np.repeat(pasted, times))
+    )
+
+
+def test_outline_gradients_are_one_number_an_image(features):
+    """Mean along each outline; a mask without one has none."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (3, 40, 52, 3)).astype(np.uint8)
+    masks = np.zeros((3, 40, 52), bool)
+    masks[0, 10:20, 15:30], masks[1, 12:30, 9:22] = True, True
+    found = quality.outline_gradients(images, masks)
+    assert np.isnan(found[2])
+    for k in (0, 1):
+        assert found[k] == pytest.approx(quality.normal_gradient(images[k], masks[k]).mean())
+    with pytest.raises(ValueError, match="3 pictures but 2 masks"):
+        quality.outline_gradients(images, masks[:2], name="pictures")
+
+
+@pytest.mark.parametrize("with_origins", [False, True])
+def test_the_difference_of_two_distances(features, with_origins):
+    """By itself, and for weights of 0 and more, whose copies are no pairs."""
+    x, a = features
+    b = a + np.random.default_rng(4).normal(0, 0.3, a.shape)
+    given = {}
+    if with_origins:
+        given["origins"] = (
+            [{f"x{i % 9}"} for i in range(len(x))],
+            [{f"x{i % 5}", f"a{i % 11}"} for i in range(len(a))],
+        )
+        given["classes"] = (
+            ["pq"[i % 2] for i in range(len(x))],
+            ["pq"[i % 3 == 0] for i in range(len(a))],
+        )
+    difference = quality.kid_difference(x, a, b, **given)
+    expected = quality.mmd2(x, a, **given) - quality.mmd2(x, b, **given)
+    assert difference(np.ones(len(a))) == pytest.approx(expected, rel=1e-9)
+    if with_origins:
+        return
+    times = np.random.default_rng(5).integers(0, 3, len(a))
+    own = np.repeat(np.arange(len(a)), times)
+
+    def distance(y):
+        kernel = quality.polynomial_kernel
+        within = kernel(y, y)[own[:, None] != own].mean()
+        return within - 2 * kernel(x, y).mean()
+
+    expected = distance(a[own]) - distance(b[own])
+    assert difference(times) == pytest.approx(expected, rel=1e-9)
+    assert np.isnan(difference(np.eye(len(a))[0]))  # one image, and no pair of two
+
+
+def test_two_versions_have_to_be_of_the_same_images(features):
+    x, a = features
+    with pytest.raises(ValueError, match=r"a has shape \(31, 7\) but b \(30, 7\)"):
+        quality.kid_difference(x, a, a[:-1])
+    with pytest.raises(ValueError, match="every pair of samples shares an image"):
+        quality.kid_difference(x, a, a, origins=([{"i"}] * len(x), [{"i"}] * len(a)))

@@ -262,3 +262,45 @@ def test_bad_input():
         statistics.average_relative_gain({"kappa": 0.1}, {"kappa": 0.0})
     with pytest.raises(ValueError, match="lie in"):
         statistics.holm([0.5, 1.2])
+
+
+def test_resampling_agrees_with_a_literal_bootstrap():
+    """Groups drawn one after the other, and all of their samples counted."""
+    rng = np.random.default_rng(0)
+    groups = np.array(list("aabbbcddddee"))
+    values = rng.normal(size=len(groups))
+    found = statistics.resampled(
+        lambda w: np.average(values, weights=w), groups, n_boot=4000, rng=np.random.default_rng(1)
+    )
+    names, means = np.unique(groups), []
+    for _ in range(4000):
+        drawn = rng.choice(names, len(names))
+        means.append(np.mean(np.concatenate([values[groups == g] for g in drawn])))
+    assert found[0] == pytest.approx(values.mean())
+    np.testing.assert_allclose(found[1:], np.quantile(means, [0.025, 0.975]), atol=0.03)
+
+
+def test_sets_of_samples_are_resampled_by_the_same_groups():
+    """A measure of two sets that are the same is 0 in every draw; without a value none counts."""
+    one, other = np.array(list("abcabc")), np.array(list("cba"))
+
+    def difference(w, v):
+        counts = [w[one == g].mean() - v[other == g].mean() for g in "abc"]
+        return float(np.abs(counts).sum())
+
+    drawn = np.random.default_rng(0)
+    assert statistics.resampled(difference, one, other, n_boot=50, rng=drawn) == (0, 0, 0)
+    gaps = statistics.resampled(
+        lambda w: np.nan if w[0] == 0 else w[0], one, n_boot=200, rng=np.random.default_rng(0)
+    )
+    assert gaps[1] >= 1
+
+
+def test_resampling_refuses_one_group_and_wrong_numbers():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="1 group: resampling needs at least two"):
+        statistics.resampled(np.mean, ["a", "a"], rng=rng)
+    with pytest.raises(ValueError, match=r"n_boot is 0 and level 0\.9"):
+        statistics.resampled(np.mean, ["a", "b"], n_boot=0, level=0.9, rng=rng)
+    with pytest.raises(ValueError, match="level 95"):
+        statistics.resampled(np.mean, ["a", "b"], level=95, rng=rng)

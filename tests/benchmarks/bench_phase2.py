@@ -26,6 +26,7 @@ import torch
 from helpers import features, phantom, quality, replacement
 from helpers.diffusion import inpaint, network_calls, spawn, timesteps
 from helpers.latent import LatentDiffusion, latent_known, load_latent_diffusion, to_tensor, to_uint8
+from helpers.statistics import resampled
 from tests.benchmarks.measure import peak_memory
 
 #: Settings that are timed: name, options of :func:`inpaint`, options of the loader.
@@ -206,7 +207,8 @@ def quality_table(o: argparse.Namespace) -> None:
         _report(name, found[name], real, images, made["pasted"], seams, seconds)
     few, many = (f"mmps sde-dpm++ {n} karras" for n in (o.fast, o.steps))
     if few in found and many in found:
-        low, high = _difference(found[few], found[many], real)
+        difference = quality.kid_difference(real, found[few], found[many])
+        _, low, high = resampled(difference, range(n), rng=np.random.default_rng(0))
         print(f"\nKID x 1000 of {o.fast} minus {o.steps} steps, 95 % of bootstraps: "
               f"{1000 * low:.1f} to {1000 * high:.1f}")  # fmt: skip
 
@@ -218,24 +220,6 @@ def _report(name, mine, real, images, masks, seams, seconds: float) -> None:
         f"{name:32s} {1000 * kid.mean:7.1f} +- {1000 * kid.std:4.1f}  seam {seam:6.2f} "
         f"{seconds:7.2f} s/image", flush=True,
     )  # fmt: skip
-
-
-def _difference(a: np.ndarray, b: np.ndarray, real: np.ndarray, n: int = 400) -> np.ndarray:
-    """Interval of KID(a) - KID(b) over resamples of the composites, the same for both."""
-    rng = np.random.default_rng(0)
-    kernel = quality.polynomial_kernel
-    within = [kernel(x, x) - np.diag(np.diag(kernel(x, x))) for x in (a, b)]
-    across = [kernel(x, real).mean(1) for x in (a, b)]
-    values = []
-    for _ in range(n):
-        pick = rng.integers(len(a), size=len(a))
-        pairs = pick[:, None] != pick[None]  # the same composite twice is no pair
-        both = [
-            w[np.ix_(pick, pick)][pairs].mean() - 2 * c[pick].mean()
-            for w, c in zip(within, across, strict=True)
-        ]
-        values.append(both[0] - both[1])
-    return np.percentile(values, [2.5, 97.5])
 
 
 # --- the size of the paper ------------------------------------------------------------------------

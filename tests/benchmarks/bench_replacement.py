@@ -230,10 +230,11 @@ def looked_at(
         for picture, c in zip(pictures, made, strict=True)
         for _, row in places([c])
     )
-    detected = quality.seam_detection(
+    detector = quality.detect_seams(
         pictures, [c.original for c in made], masks, groups=[c.image_id for c in made]
     )
-    return {"KID x 1000": distance(crops, made), "detected": detected, "crops": len(crops)}
+    found = {"KID x 1000": distance(crops, made), "detected": detector.auc()}
+    return {**found, "crops": len(crops)}
 
 
 def mixed(
