@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 from scipy.ndimage import binary_dilation, binary_erosion
 from skimage.segmentation import find_boundaries
@@ -354,7 +354,7 @@ def lines(
     ----------
     curves : mapping of str to (x, y) or (x, y, error)
         Equal-length vectors; `error` draws a band of y minus and plus error. An axis of integers
-        has ticks at integers only.
+        has ticks at integers only, and at all of them if they are few.
     xlabel, ylabel : str
         Axis labels, with units.
     logx, logy : bool
@@ -379,15 +379,18 @@ def lines(
             axis.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.18, lw=0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for k, (side, log) in enumerate(((axis.xaxis, logx), (axis.yaxis, logy))):
+        given = [np.asarray(curve[k]) for curve in curves.values()]
+        values = np.unique(np.concatenate(given)).astype(float)
         if log:
             axis.set(**{f"{'xy'[k]}scale": "log"})
-            values = np.unique(np.concatenate([curve[k] for curve in curves.values()]))
-            if len(values) <= 12:  # label the values themselves
-                side.set_major_locator(FixedLocator(values))
-                side.set_major_formatter("{x:g}")
-                side.set_minor_locator(NullLocator())
-        elif all(np.asarray(curve[k]).dtype.kind in "iu" for curve in curves.values()):
-            side.set_major_locator(MaxNLocator("auto", integer=True))
+            few = len(values) <= 12  # label the values themselves
+            side.set_major_locator(FixedLocator(values) if few else LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_locator(NullLocator())
+        elif all(each.dtype.kind in "iu" for each in given):
+            few = len(values) <= 6 and np.ptp(values) < 12 * np.diff(values).min(initial=np.inf)
+            integers = MaxNLocator("auto", integer=True)
+            side.set_major_locator(FixedLocator(values) if few else integers)
     if len(curves) > 4:  # there is hardly a corner that so many leave free
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     elif len(curves) > 1:
@@ -944,16 +947,17 @@ def posterior_errors(
 
 
 def forest(
-    estimates: Mapping[str, tuple[float, float, float]],
+    estimates: Mapping[str, Any],
     *,
     xlabel: str,
 ) -> Figure:
-    """Draw differences with their intervals, one row each, around a line at zero.
+    """Draw values with their intervals, one row each, around a line at zero.
 
     Parameters
     ----------
-    estimates : mapping of str to (difference, low, high)
-        Rows from top to bottom.
+    estimates : mapping of str to (value, low, high), or of str to such a mapping
+        Rows from top to bottom; of a mapping of mappings, panels side by side with the same rows.
+        What does not reach zero is filled.
     xlabel : str
         Label of the axis.
 
@@ -961,15 +965,22 @@ def forest(
     -------
     Figure
     """
-    figure, axis = _subplots(figsize=(WIDTH, 0.9 + 0.3 * max(1, len(estimates))))
-    axis.axvline(0, color="0.4", lw=1)
-    for y, (difference, low, high) in enumerate(estimates.values()):
-        clear = low > 0 or high < 0
-        axis.plot([low, high], [y, y], color=PALETTE[0], lw=2, alpha=1.0 if clear else 0.6)
-        axis.plot(difference, y, "o", color=PALETTE[0], mfc=PALETTE[0] if clear else "white")
-    axis.set_yticks(range(len(estimates)), list(estimates))
-    axis.set(xlabel=xlabel, ylim=(max(1, len(estimates)) - 0.5, -0.5))
-    axis.grid(axis="y", visible=False)
+    nested = all(isinstance(rows, Mapping) for rows in estimates.values())
+    panels = dict(estimates) if nested and estimates else {"": estimates}
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    figure, axes = _subplots(
+        1, len(panels), figsize=(WIDTH, 0.9 + 0.3 * max(1, len(names))), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        axis.axvline(0, color="0.4", lw=1)
+        for name, (value, low, high) in rows.items():
+            y, clear = names.index(name), low > 0 or high < 0
+            axis.plot([low, high], [y, y], color=PALETTE[0], lw=2, alpha=1.0 if clear else 0.6)
+            axis.plot(value, y, "o", color=PALETTE[0], mfc=PALETTE[0] if clear else "white")
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlabel=xlabel, ylim=(max(1, len(names)) - 0.5, -0.5), title=title)
+        axis.grid(axis="y", visible=False)
     return figure
 
 

@@ -96,6 +96,17 @@ def test_lines_have_names_bands_and_labels():
     assert axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle()
 
 
+def test_few_integers_are_ticks_themselves():
+    """Steps of 5 to 50 have ticks at themselves; a range of two decades has plain numbers."""
+    steps, error = [5, 10, 25, 50], [0.9, 0.3, 0.06, 0.013]
+    many = {str(k): (steps, np.array(error) + k / 100) for k in range(4)}
+    axis = figures.lines(many, xlabel="steps", ylabel="error", logy=True).axes[0]
+    np.testing.assert_array_equal(axis.get_xticks(), steps)
+    axis.figure.canvas.draw()
+    labels = {text.get_text() for text in axis.get_yticklabels()}
+    assert {"0.02", "0.1", "0.5"} <= labels
+
+
 def test_integers_have_ticks_at_integers():
     curves = {"a": (range(4), [0, 1, 2, 2]), "b": (np.arange(4), np.array([1, 1, 0, 0]))}
     axis = figures.lines(curves, xlabel="epoch", ylabel="times used").axes[0]
@@ -283,3 +294,14 @@ def test_labelled_names_stand_at_the_nearer_side_in_the_order_of_their_places():
     stand = {text.get_text(): text.xyann for text in axis.texts}  # as shares of the picture
     assert stand["low left"][0] < 0 and stand["high left"][0] < 0 and stand["right"][0] > 1
     assert 1 > stand["high left"][1] > stand["low left"][1] > 0, "lines do not cross"
+
+
+def test_forest_has_a_row_each_and_fills_what_does_not_reach_zero():
+    rows = {"one": (1.0, 0.5, 2.0), "two": (0.2, -0.5, 0.7)}
+    axis = figures.forest(rows, xlabel="difference").axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["one", "two"]
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
+    both = figures.forest({"left": rows, "right": {"two": (0, -1, 1)}}, xlabel="d").axes
+    assert [axis.get_title() for axis in both] == ["left", "right"]
+    assert both[1].lines[-1].get_ydata().tolist() == [1]  # the row of its name

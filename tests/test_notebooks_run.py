@@ -115,7 +115,7 @@ def test_synthesis_makes_what_was_asked_for(first):
 
 def test_toy_trainings_ran_their_steps(first):
     assert results(first, "A1_training_sam")["toy_steps"] == execute.preset("smoke")["sam_steps"]
-    assert results(first, "A2_training_latent_diffusion")["toy"]["psnr"] > 0
+    assert results(first, "A2_training_latent_diffusion")["toy"]["contrast_and_judge"]["psnr"] > 0
 
 
 @pytest.mark.parametrize("chapter", config.CHAPTERS)

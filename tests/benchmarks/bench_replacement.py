@@ -263,9 +263,9 @@ def mixed(
 #: Changes of how composites are healed in chapter 06; None leaves them as they are pasted.
 HEALINGS: dict[str, dict[str, object] | None] = {
     "not healed": None,
-    "from 0.5 % of the noise": {"strength": 0.005},
+    "from the lowest 0.5 % of the levels": {"strength": 0.005},
     "from 1 %, as in chapter 06": {},
-    "from 2 %": {"strength": 0.02},
+    "from the lowest 2 %": {"strength": 0.02},
     "from 1 %, without a ramp": {"ramp": 0},
     "from pure noise": {"strength": 1.0, "steps": 16},
     "from pure noise, without a ramp": {"strength": 1.0, "steps": 16, "ramp": 0},
