@@ -267,6 +267,33 @@ def outline(image: np.ndarray, mask: np.ndarray, *, colour: Sequence[float] = YE
     return out
 
 
+def boundaries(
+    image: np.ndarray, labels: np.ndarray, *, colour: Sequence[float] = YELLOW
+) -> np.ndarray:
+    """Draw lines with dark rims where labels meet, so that they show on any stain.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8 ndarray
+    labels : (H, W) int ndarray
+        A partition, such as superpixels.
+    colour : (3,) sequence of float
+        RGB in [0, 1].
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        To be shown with :func:`image_grid`.
+    """
+    out, width = image.copy(), max(1, round(max(image.shape[:2]) / 256))
+    line = find_boundaries(labels, mode="inner")
+    if width > 1:
+        line = binary_dilation(line, iterations=width - 1)
+    out[binary_dilation(line, iterations=width)] = 20
+    out[line] = np.rint(255 * np.asarray(colour))
+    return out
+
+
 def closeup(
     image: np.ndarray,
     mask: np.ndarray,
@@ -486,17 +513,20 @@ def sweeps(
     *,
     chosen: Mapping[str, str],
     ylabel: str,
+    noise: float = 0.0,
 ) -> Figure:
-    """Draw what changing one parameter at a time does: a panel of bars for each parameter.
+    """Draw what changing one parameter at a time does: a panel of dots for each parameter.
 
     Parameters
     ----------
     values : mapping of str to mapping of str to float
         ``{parameter: {setting: value}}``.
     chosen : mapping of str to str
-        The setting in use, drawn in another colour.
+        The setting in use, drawn in another colour, with a line through all of its panel.
     ylabel : str
-        Label of the shared value axis, with units.
+        Label of the value axis that the panels share, with units. It need not begin at 0.
+    noise : float
+        Half width of the band around that line: differences as small as this mean nothing.
 
     Returns
     -------
@@ -507,21 +537,27 @@ def sweeps(
     figure = plt.figure(figsize=(WIDTH, 2.6 * len(rows)))
     plt.close(figure)
     for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        widths = [max(2, len(bars)) for _, bars in row]
+        widths = [max(2, len(dots)) for _, dots in row]
         axes = part.subplots(1, len(row), sharey=True, squeeze=False, width_ratios=widths)[0]
-        for axis, (name, bars) in zip(axes, row, strict=True):
-            colours = [PALETTE[1] if key == chosen.get(name) else PALETTE[0] for key in bars]
-            drawn = axis.bar(range(len(bars)), list(bars.values()), color=colours)
-            axis.bar_label(drawn, [f"{v:.2f}" for v in bars.values()], padding=2, fontsize=7)
+        for axis, (name, dots) in zip(axes, row, strict=True):
+            if (own := dots.get(chosen.get(name, ""))) is not None:
+                axis.axhline(own, color=PALETTE[1], lw=1, zorder=1)
+                axis.axhspan(own - noise, own + noise, color=PALETTE[1], alpha=0.15, lw=0)
+            for x, (key, value) in enumerate(dots.items()):
+                colour = PALETTE[1] if key == chosen.get(name) else PALETTE[0]
+                axis.plot(x, value, "o", color=colour, markersize=5, zorder=2)
+                label = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(f"{value:.2f}", (x, value), fontsize=7, **label)
             turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-            axis.set_xticks(range(len(bars)), list(bars), fontsize=8, **turned)
+            axis.set_xticks(range(len(dots)), list(dots), fontsize=8, **turned)
             axis.set_title(name, fontsize=9)
             axis.grid(axis="x", visible=False)
-            axis.margins(y=0.12)
+            axis.set_xlim(-0.6, len(dots) - 0.4)
         axes[0].set_ylabel(ylabel)
-    limits = [axis.get_ylim() for axis in figure.axes]
+    drawn = np.array([value for _, dots in panels for value in dots.values()])
+    low, high = drawn.min() - noise, drawn.max() + noise
     for axis in figure.axes:
-        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axis.set_ylim(low - 0.06 * (high - low or 1), high + 0.12 * (high - low or 1))
     return figure
 
 

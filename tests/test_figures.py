@@ -146,21 +146,26 @@ def test_shares_of_ranges():
     assert figures.bars(found, ylabel="share").axes[0].patches
 
 
-def test_sweeps_mark_the_chosen_bar_and_share_one_axis():
+def test_sweeps_mark_the_chosen_dot_and_share_one_axis():
     values = {
         f"setting {i}": {"a": 0.1 * (i + 1), "b": 0.05 * (i + 1)}
         for i in range(figures._PANELS + 2)
     }
-    figure = figures.sweeps(values, chosen=dict.fromkeys(values, "b"), ylabel="value")
+    chosen = dict.fromkeys(values, "b")
+    figure = figures.sweeps(values, chosen=chosen, ylabel="value", noise=0.01)
     assert [axis.get_title() for axis in figure.axes] == list(values)
-    assert len({axis.get_ylim() for axis in figure.axes}) == 1
-    assert figure.axes[0].get_ylim()[0] == 0 and figure.axes[0].get_ylim()[1] > 0.6
+    (limits,) = {axis.get_ylim() for axis in figure.axes}
+    assert 0 < limits[0] < 0.05 - 0.01 and limits[1] > 0.1 * len(values) + 0.01
     for axis, row in zip(figure.axes, values.values(), strict=True):
-        assert [bar.get_height() for bar in axis.patches] == list(row.values())
-        assert axis.patches[0].get_facecolor() != axis.patches[1].get_facecolor()
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [float(dot.get_ydata()[0]) for dot in dots] == list(row.values())
+        assert dots[0].get_color() != dots[1].get_color()
+        (band,) = axis.patches
+        assert band.get_y() == pytest.approx(row["b"] - 0.01)
+        assert band.get_height() == pytest.approx(0.02)
     assert len(figure.subfigs) == 2
-    below = figures.sweeps({"x": {"a": -0.2, "b": 0.3}}, chosen={"x": "a"}, ylabel="value")
-    assert below.axes[0].get_ylim()[0] < -0.2
+    unknown = figures.sweeps({"x": {"a": -0.2, "b": 0.3}}, chosen={"x": "c"}, ylabel="value")
+    assert unknown.axes[0].get_ylim()[0] < -0.2 and not unknown.axes[0].patches
 
 
 def test_a_map_asks_for_the_pictures_that_it_shows():
@@ -200,6 +205,16 @@ def test_an_outline_is_drawn_on_the_rim_of_a_segment():
     assert (out[~square(at=4, side=10)] == 200).all() and (image == 200).all()
     assert (out[mask & ~square(at=6, side=6)] == (0, 255, 0)).all()
     assert (out[square(at=6, side=6)] == 200).all()
+
+
+def test_boundaries_are_lines_with_dark_rims():
+    image, labels = np.full((20, 30, 3), 200, np.uint8), np.zeros((20, 30), int)
+    labels[:, 12:] = 1
+    row = figures.boundaries(image, labels, colour=(1, 1, 0))[9]
+    line = (row == (255, 255, 0)).all(1)
+    assert np.flatnonzero(line).tolist() in ([11, 12], [12], [11])
+    assert (row[line.argmax() - 1] == 20).all() and (row[:9] == 200).all()
+    assert (row[16:] == 200).all() and (image == 200).all()
 
 
 def test_a_single_mask_may_be_laid_over():
