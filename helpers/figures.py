@@ -642,6 +642,10 @@ def labelled(image: np.ndarray, places: Mapping[str, tuple[float, float]]) -> Fi
 # --- chapters 03 and 04: pool and replacement -----------------------------------------------------
 
 
+#: Groups that can be told apart by colour and marker.
+_TELLABLE = 10
+
+
 def embedding(
     points: np.ndarray,
     groups: Mapping[str, Sequence[str]],
@@ -657,7 +661,8 @@ def embedding(
     points : (n, 2) ndarray
         Positions.
     groups : mapping of str to sequence of n str
-        ``{title of the panel: group of each point}``.
+        ``{title of the panel: group of each point}``. Of more groups than colours can tell apart
+        the four largest are coloured, and the others grey.
     order : mapping of str to sequence of str, optional
         ``{title of the panel: its groups}`` in the order of their colours, which is that of the
         curves of :func:`lines` and :func:`bars`; by default that of their first points.
@@ -685,6 +690,10 @@ def embedding(
     for axis, (title, labels) in zip(axes.flat, groups.items(), strict=False):
         labels = np.asarray(labels)
         names = list(dict.fromkeys([*(order or {}).get(title, ()), *labels]))
+        if len(names) > _TELLABLE:
+            names = sorted(names, key=lambda name: -np.count_nonzero(labels == name))[:4]
+            others = ~np.isin(labels, names)
+            axis.scatter(*points[others].T, s=6, color="0.78", label="others", lw=0)
         for index, (name, colour) in enumerate(zip(names, palette(len(names)), strict=True)):
             if not (at := labels == name).any():
                 continue
@@ -692,11 +701,10 @@ def embedding(
                 *points[at].T, s=9, color=colour, marker="osD^v"[index % 5], label=name, lw=0
             )
         axis.set_title(title)
-        if len(names) <= 10:
-            axis.legend(
-                loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if panels > 2 else 3,
-                handletextpad=0.1, columnspacing=0.8, markerscale=1.6, fontsize=8,
-            )  # fmt: skip
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if panels > 2 else 3,
+            handletextpad=0.1, columnspacing=0.8, markerscale=1.6, fontsize=8,
+        )  # fmt: skip
     if pictures is not None:
         axis = axes.flat[-1]
         axis.set_title("crops")

@@ -199,6 +199,16 @@ def test_a_map_gives_its_groups_the_colours_of_the_order_asked_for():
     assert list(drawn(figure.axes[1])) == ["y", "x", "z"]
 
 
+def test_of_many_groups_a_map_colours_the_largest_and_names_them():
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    patients = [*("abcd" * 4), *(f"p{i}" for i in range(24))]
+    axis = figures.embedding(points, {"patient": patients}).axes[0]
+    names = [part.get_label() for part in axis.collections]
+    assert names == ["others", "a", "b", "c", "d"]
+    assert len(axis.collections[0].get_offsets()) == 24
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == names
+
+
 def test_an_outline_is_drawn_on_the_rim_of_a_segment():
     image, mask = np.full((20, 20, 3), 200, np.uint8), square()
     out = figures.outline(image, mask, colour=(0, 1, 0))
