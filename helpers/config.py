@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import math
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +51,10 @@ CHECKPOINTS = {
     "latent_checkpoint": ("small",),
     "extractor_path": (),
 }
+
+#: Weights that a folder given as ``latent_checkpoint`` has to hold. (Without the suffix: chapters
+#: depend on the shipped files that their helpers name, and every chapter has this one.)
+LATENT_PAIR = ("autoencoder", "unet")
 
 #: Data sets that are read from a folder the user names.
 NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist")
@@ -533,14 +538,24 @@ def checkpoint_paths(params: Common) -> dict[str, str]:
 
 
 def missing_files(params: Common) -> list[str]:
-    """One line for each checkpoint that a chapter is to load and that is not there."""
+    """One line for each checkpoint that a chapter is to load, and device, that is not there."""
     lines = []
+    if (device := getattr(params, "device", "auto")) not in ("auto", "cpu"):
+        try:
+            torch_device(device)
+        except ValueError as error:
+            lines.append(str(error))
     for name, path in checkpoint_paths(params).items():
         if not Path(path).exists():
             near = difflib.get_close_matches(path, CHECKPOINTS[name], n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "correct the path"
             may = f" (or {', '.join(CHECKPOINTS[name])})" if CHECKPOINTS[name] else ""
             lines.append(f"{name} = {path!r}: there is no such file{may}; {hint}")
+        elif name == "latent_checkpoint" and Path(path).is_dir():
+            files = [f"{network}.safetensors" for network in LATENT_PAIR]
+            gone = [file for file in files if not (Path(path) / file).exists()]
+            if gone:
+                lines.append(f"{name} = {path!r}: the folder has no {' and no '.join(gone)}")
     return lines
 
 
@@ -633,11 +648,21 @@ def _explain(model: type[Common], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{name}: the parameters cell does not set it ({meaning})"
     value = problem["input"]
-    if problem["type"] == "float_type" and isinstance(value, str):
+    if problem["type"] == "float_type" and _is_number(value):
         reason += "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3"
+    elif isinstance(value, str) and value.lower() == "none":
+        reason += "; write null for none"
     if problem["type"] == "tuple_type":
         reason = f"should be a list, e.g. [{value}]"
     return f"{label} = {value!r}: {reason} ({meaning})"
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a text reads as a number."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 class _Table:

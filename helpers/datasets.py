@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from skimage import measure
 
 from helpers import phantom
@@ -214,6 +214,10 @@ _MODES = {
 }
 
 
+#: Tag of a TIFF file.
+_BITS_PER_SAMPLE = 258
+
+
 def _open(path: Path) -> Image.Image:
     """Open an image file and check what its header says."""
     if not path.exists():
@@ -246,10 +250,20 @@ def _open(path: Path) -> Image.Image:
 
 def _stored_mode(picture: Image.Image) -> str:
     """Mode of the pixels in the file: Pillow opens colour of 16 bits as if it had 8."""
+    if picture.mode not in ("RGB", "RGBA"):
+        return picture.mode
+    bits = max(getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,)))
+    if bits > 8:
+        return f"{picture.mode};{bits}"
     stored = picture.tile[0][3] if picture.tile else None
     stored = stored[0] if isinstance(stored, tuple) and stored else stored
-    deep = picture.mode in ("RGB", "RGBA") and isinstance(stored, str) and "16" in stored
-    return stored if deep else picture.mode
+    return stored if isinstance(stored, str) and "16" in stored else picture.mode
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height as the picture is shown: a camera may note that it was turned."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return picture.size[::-1] if turned else picture.size
 
 
 def _as_rgb(picture: Image.Image, path: Path) -> Image.Image:
@@ -267,6 +281,8 @@ def _as_rgb(picture: Image.Image, path: Path) -> Image.Image:
 
 def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     """Read an image, scale its short side to `image_size` and cut the centre square.
+
+    An image that a camera has turned, by a note in the file, is read as it is shown.
 
     Parameters
     ----------
@@ -292,7 +308,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
             raise ValueError(
                 f"{path} is truncated or damaged ({error}). Download or save it again."
             ) from None
-        picture = _as_rgb(picture, path)
+        picture = _as_rgb(ImageOps.exif_transpose(picture), path)
         if image_size is None:
             return np.array(picture)
         box = _centre_box(*picture.size)
@@ -311,14 +327,17 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
             coding = (str(picture.format).lower(), picture.info.get("compression"))
             labels = np.asarray(picture)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"label map {path} cannot be read ({error})") from None
+        raise ValueError(
+            f"label map {path} cannot be read ({error}). Save it again as PNG or TIFF, or leave "
+            "its name empty in the table"
+        ) from None
     if "jpeg" in coding:
         raise ValueError(
             f"label map {path} is coded as JPEG, which changes the numbers of the glands: save it "
             "as PNG or TIFF, from the original."
         )
     with _open(image_path) as picture:
-        size = picture.size
+        size = _upright_size(picture)
     if labels.ndim != 2 or labels.shape != size[::-1]:
         raise ValueError(
             f"label map {path} has shape {labels.shape}, but the image {image_path.name} needs "
@@ -474,6 +493,12 @@ def _from_files(
         table[column] = table[column].where(table[column].notna(), value).astype(str)
     if "split" not in table:
         table["split"] = split_by_patient(table["label"], table["patient"], rng=rng)
+        if none := [s for s in FRACTIONS if s not in set(table["split"])]:
+            warnings.warn(
+                f"{name}: patients are kept together, and with {table['patient'].nunique()} of "
+                f"them no images are left for {', '.join(none)}",
+                stacklevel=3,
+            )
     _check_splits(name, classes, table)
     whole = len(table)
     table = _subset(table, limits, rng).reset_index(drop=True)
@@ -483,10 +508,23 @@ def _from_files(
             "test_per_class and test2_per_class of chapter 00 limit them, null takes all",
             stacklevel=4,
         )
-    small = 0
-    for path in table["path"]:
-        with _open(Path(path)) as picture:
-            small += min(picture.size) < image_size
+    small, paged, wrong = 0, [], []
+    for path in map(Path, table["path"]):
+        try:
+            with _open(path) as picture:
+                small += min(picture.size) < image_size
+                paged += [path.name] if getattr(picture, "n_frames", 1) > 1 else []
+        except (ValueError, FileNotFoundError) as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0] if len(wrong) == 1 else ValueError(_all_of(wrong, len(table)))
+    if paged:
+        warnings.warn(
+            f"{name}: {len(paged)} of {len(table)} images have several pages, of which the first "
+            f"is used, e.g. {paged[0]}",
+            stacklevel=3,
+        )
+    _check_label_maps(name, table, image_size)
     if small:
         warnings.warn(
             f"{name}: {small} of {len(table)} images have a short side below "
@@ -504,6 +542,77 @@ def _from_files(
         if isinstance(row.mask, str | Path)
     }
     return Dataset(name, tuple(classes), table[list(COLUMNS)], images, instances)
+
+
+def _all_of(errors: Sequence[Exception], n: int, most: int = 20) -> str:
+    """One message for the errors of several of `n` images."""
+    lines = [str(error) for error in errors[:most]]
+    lines += [f"... and {len(errors) - most} more"] if len(errors) > most else []
+    return f"{len(errors)} of {n} images cannot be used:\n" + "\n".join(lines)
+
+
+def _check_label_maps(name: str, table: pd.DataFrame, image_size: int, n: int = 3) -> None:
+    """Warn if the first label maps do not look as if each number were one gland."""
+    for row in table[table["mask"].notna()].head(n).itertuples():
+        try:
+            labels = _read_labels(Path(row.mask), Path(row.path), image_size)
+        except (ValueError, OSError):  # named with all others when they are filed
+            continue
+        numbers = len(np.unique(labels[labels > 0]))
+        parts = int(measure.label(labels, background=0, connectivity=1).max())
+        if parts > _PARTS_A_GLAND * numbers:
+            warnings.warn(
+                f"{name}: label map {Path(row.mask).name} has {numbers} numbers in {parts} "
+                "unconnected parts, but each number should be one gland. A map of classes, or one "
+                "that was resized with interpolation, has to become a binary mask, of 0 and one "
+                "other number, whose parts are taken for glands",
+                stacklevel=4,
+            )
+            return
+
+
+#: Unconnected parts for each number, above which a label map hardly holds glands.
+_PARTS_A_GLAND = 3
+
+
+def check_copies(records: pd.DataFrame, digests: Sequence[str | None]) -> str | None:
+    """Find images with the same pixels.
+
+    Parameters
+    ----------
+    records : (n rows) DataFrame
+        With the columns image_id, label and split.
+    digests : (n,) sequence of str or None
+        Hash of the pixels of each; None for one that does not count, such as a blank field.
+
+    Returns
+    -------
+    str or None
+        A note on copies within a split, which would be drawn as if they were other tissue.
+
+    Raises
+    ------
+    ValueError
+        If images of two splits are the same: what is tested on would be trained on.
+    """
+    given = records.assign(digest=list(digests)).dropna(subset="digest")
+    groups = [part for _, part in given.groupby("digest", sort=False) if len(part) > 1]
+    across = [part for part in groups if part["split"].nunique() > 1]
+    if across:
+        names = ", ".join(f"{r.image_id} ({r.split})" for r in across[0].head(4).itertuples())
+        raise ValueError(
+            f"{len(across)} images are in several splits, pixel for pixel, e.g. {names}: remove "
+            "the copies, or put them into one split"
+        )
+    if not groups:
+        return None
+    several = sum(part["label"].nunique() > 1 for part in groups)
+    names = ", ".join(groups[0]["image_id"].head(4))
+    classes = f", {several} of them in several classes" if several else ""
+    return (
+        f"{len(groups)} images are there more than once, pixel for pixel{classes}, e.g. {names}; "
+        "remove the copies, which else replace each other as if they were other tissue"
+    )
 
 
 def _check_splits(name: str, classes: Sequence[str], table: pd.DataFrame) -> None:
@@ -558,7 +667,7 @@ def _image_ids(paths: Sequence[Path]) -> list[str]:
     ids = []
     for path in paths:
         text = "__".join(path.with_suffix("").parts)
-        text = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._") or "image"
+        text = re.sub(r"[^\w.-]+", "_", text).strip("._") or "image"
         if len(text) > LONGEST_ID:
             mark = hashlib.sha256(path.as_posix().encode()).hexdigest()[:8]
             text = f"{text[: LONGEST_ID - 9]}-{mark}"
@@ -667,6 +776,12 @@ def _load_folder(root, image_size, seed, limits):
             )
         table = _read_csv(tables[0]) if tables else _walk_classes(root)
     classes = _class_order(folder, sorted(set(table["label"]), key=_natural))
+    if alike := [c for c in classes if sum(c.casefold() == d.casefold() for d in classes) > 1]:
+        warnings.warn(
+            f"the classes {', '.join(map(repr, alike))} differ in capital letters only and are "
+            "taken for different ones",
+            stacklevel=3,
+        )
     return _from_files("folder", classes, table, image_size=image_size, seed=seed, limits=limits)
 
 
@@ -679,9 +794,11 @@ def _class_order(folder: Path, found: list[str]) -> tuple[str, ...]:
     path = folder / "classes.txt"
     if not path.exists():
         return tuple(found)
-    wanted = [
-        line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-    ]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
+    wanted = [line.strip() for line in lines if line.strip()]
     if sorted(wanted) != sorted(found):
         raise ValueError(
             f"{path} lists {wanted}, but the images have the classes {found}: make them agree."

@@ -227,22 +227,38 @@ def _finished(run: str, chapter: str) -> bool:
 
 
 def _check_images(run: str, chapters: Sequence[str]) -> None:
-    """Stop before the long chapters if the last of them cannot work with the images of the run."""
-    last = "07_classifier_evaluation"
-    if last not in chapters:
+    """Stop before the long chapters if later ones cannot work with the images of the run."""
+    replacing, last = "04_probabilistic_replacement", "07_classifier_evaluation"
+    needy = [c for c in (replacing, last) if c in chapters]
+    if not needy:
         return
     tissue = runs.load(runs.root() / run / "00_tissue" / "results.json")
     counts, problem = tissue["counts"], None
-    if len(tissue["classes"]) < 2:
+    if replacing in needy and max(counts["train"].values()) < 2:
+        needy, problem = [replacing], (
+            "replaces segments by those of other images of their class, but no class has two "
+            "training images (see train_per_class)"
+        )  # fmt: skip
+    elif last in needy and len(tissue["classes"]) < 2:
         problem = f"tells classes apart, but all images are of one, {tissue['classes'][0]!r}"
-    elif not any(sum(counts[split].values()) for split in ("test", "test2")):
+    elif last in needy and not any(sum(counts[split].values()) for split in ("test", "test2")):
         problem = "needs test images, and there are none (see test_per_class and test2_per_class)"
     if problem:
-        others = " ".join(c.split("_")[0] for c in chapters if c != last)
+        blocked = _built_on(needy[-1])
+        others = " ".join(c.split("_")[0] for c in chapters if c not in blocked)
         raise runs.Failed(
-            f"chapter {last} {problem}. Add images, or run the others alone: "
+            f"chapter {needy[-1]} {problem}. Add images, or run the others alone: "
             f"python -m helpers.execute --run {run} --only {others}"
         )
+
+
+def _built_on(chapter: str) -> set[str]:
+    """A chapter and all that need it, directly or not."""
+    found = {chapter}
+    for other, needs in runs.NEEDS.items():  # in order: what is needed comes first
+        if found & set(needs):
+            found.add(other)
+    return found
 
 
 # --- one chapter ---------------------------------------------------------------------------------
@@ -327,6 +343,7 @@ def _environment() -> dict[str, str]:
     default = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
     fixed = {"JUPYTER_PATH": path, "MPLBACKEND": backend, "PYTHONHASHSEED": "0"}
     fixed["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    fixed["USEGMIX_RUNS"] = str(runs.root().resolve())  # chapters run in the repository
     return {**default, **os.environ, **fixed}
 
 
@@ -338,7 +355,15 @@ def _failure(chapter: str, failed: Path, log: Path) -> str:
                 if output["output_type"] == "error":
                     said = f"{output['ename']}: {output['evalue']}"
                     return f"{chapter} failed: {said}\n(notebook with the traceback: {failed})"
-    tail = "\n".join(log.read_text(encoding="utf-8").strip().splitlines()[-15:])
+    said = log.read_text(encoding="utf-8").strip()
+    if "DeadKernelError" in said:
+        return (
+            f"{chapter}: its process was killed, by hand or by the system for want of memory. What "
+            "was done is kept; the same command goes on. With little memory lower image_size, or "
+            "the batch of the chapter (points_per_batch, inpaint_batch, synthesis_batch, "
+            "batch_size)"
+        )
+    tail = "\n".join(said.splitlines()[-15:])
     return f"{chapter} could not be executed:\n{tail}"
 
 
@@ -536,7 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped like by Ctrl-C
     try:
         run, given, chapters, record = resolve(parsed)
-        with _remembered(run, record):
+        with runs.alone(run), _remembered(run, record):
             execute(run, given, only=chapters, force=parsed.force)
         if parsed.book:
             from helpers import book

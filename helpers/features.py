@@ -438,7 +438,8 @@ def _ctranspath_from_hub(hub: str) -> nn.Module:
     except Exception as error:  # the hub client raises many kinds
         raise ConnectionError(
             f"CTransPath could not be fetched from {hub} ({type(error).__name__}): give its file "
-            "with path=..., or use the extractor 'lite0', which needs no network"
+            "(path=..., extractor_path of chapter 03), or use the extractor 'lite0', which needs "
+            "no network"
         ) from error
 
 

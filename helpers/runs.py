@@ -512,7 +512,11 @@ class Stage:
 
     def _open(self) -> None:
         """Take up half-done work of the same parameters, predecessors and code, or start afresh."""
-        _lock(self._lock_file)
+        _lock(
+            self._lock_file,
+            "another process, perhaps a notebook that is still open, is at work on chapter "
+            f"{self.chapter} of this run. Wait for it, stop it",
+        )
         if self._old.exists() and not self._final.exists():  # killed between two moves of finish
             os.replace(self._old, self._final)
         shutil.rmtree(self._old, ignore_errors=True)
@@ -543,8 +547,25 @@ class Stage:
         }
 
 
-def _lock(path: Path) -> None:
-    """Hold a chapter of a run, until it is finished or this process ends.
+@contextlib.contextmanager
+def alone(run: str) -> Iterator[None]:
+    """Keep other commands away from a run as long as this one is at work on it.
+
+    Raises
+    ------
+    Failed
+        If another is; it has changed nothing then.
+    """
+    path = root() / run / ".command.lock"
+    _lock(path, "another command is at work on this run. Wait for it, or stop it")
+    try:
+        yield
+    finally:
+        _LOCKS.pop(path).close()
+
+
+def _lock(path: Path, why: str) -> None:
+    """Hold a run or a chapter of it, until it is given back or this process ends.
 
     Two processes at work on it would lose each other's files.
     """
@@ -556,11 +577,7 @@ def _lock(path: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         stream.close()
-        raise Failed(
-            f"{path.parent.name}: another process, perhaps a notebook that is still open, is at "
-            f"work on chapter {path.stem[1:]} of this run. Wait for it, stop it, or give another "
-            "run."
-        ) from None
+        raise Failed(f"{path.parent.name}: {why}, or give another run.") from None
     _LOCKS[path] = stream
 
 

@@ -3,6 +3,7 @@ import types
 import typing
 
 import pytest
+import torch
 
 from helpers import (
     anchors,
@@ -125,6 +126,30 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
                     config.build(chapter, {name: "1e-3"})
                 return
     pytest.fail("no chapter has a float")
+
+
+def test_none_as_text_is_told_how_to_say_none():
+    with pytest.raises(ValueError, match=r"eta = 'none': .*; write null for none"):
+        config.build("05_sde_mcg_inpainting", {"eta": "none"})
+    with pytest.raises(ValueError, match=r"eta = 'much': (?!.*1e-3)"):
+        config.build("05_sde_mcg_inpainting", {"eta": "much"})
+
+
+def test_what_is_not_there_is_known_before_anything_runs(tmp_path, monkeypatch):
+    """A GPU, and both files of a latent diffusion model."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def missing(**given):
+        return config.missing_files(types.SimpleNamespace(**given))
+
+    assert missing(device="auto") == missing(device="cpu") == missing() == []
+    (said,) = missing(device="cuda:1")
+    assert said.startswith("device='cuda:1', but torch sees no GPU here")
+    (tmp_path / "autoencoder.safetensors").touch()
+    (said,) = missing(latent_checkpoint=str(tmp_path))
+    assert said.endswith("the folder has no unet.safetensors")
+    (tmp_path / "unet.safetensors").touch()
+    assert missing(latent_checkpoint=str(tmp_path)) == []
 
 
 def test_a_wrong_list_item_is_named_by_its_place():

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+import tifffile
+from PIL import ExifTags, Image, ImageOps
 
 from helpers import datasets, phantom
 
@@ -878,3 +879,116 @@ def test_glas(n_classes):
         counts = data.counts()
         assert len(data) == 85 and (counts[["train", "test"]] > 0).all().all()
         assert data.instances(data.records["image_id"][0]).max() >= 1
+
+
+# --- what users' files have in them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_16_bit_tiff_is_refused_however_it_is_laid_out(folder, planar):
+    """Pillow opens both as if they had 8 bits, and the second one wrongly."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 48, 3)).astype(np.uint16)
+    if planar == "separate":
+        pixels = np.moveaxis(pixels, -1, 0)
+    path = folder / "benign" / "deep.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", planarconfig=planar)
+    with pytest.raises(ValueError, match=r"deep\.tif has mode RGB;16.*convert it to 8-bit RGB"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_is_read_as_it_is_shown(tmp_path, orientation):
+    """The label map is drawn on what is shown; only its upright size fits."""
+    path = save(tmp_path / "turned.png", size=(52, 40), seed=3)
+    with Image.open(path) as picture:
+        picture.load()
+        exif = picture.getexif()
+        exif[ExifTags.Base.Orientation] = orientation
+        picture.save(path, exif=exif)
+        picture.getexif()[ExifTags.Base.Orientation] = orientation
+        shown = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(datasets.read_image(path), shown)
+    labels = np.zeros(shown.shape[:2], np.uint8)
+    labels[3:15, 6:30] = 1
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    found = datasets._read_labels(tmp_path / "labels.png", path, 40)
+    rows, columns = ((np.array(labels.shape) - 40) // 2)[:, None] + np.arange(40)
+    assert np.array_equal(found, labels[rows[:, None], columns])
+
+
+def test_pages_beyond_the_first_are_named(folder):
+    pages = [Image.new("RGB", (48, 40), colour) for colour in ("red", "blue")]
+    path = folder / "benign" / "pages.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match=r"1 of 21 images have several pages.*pages\.tif"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_all_images_that_cannot_be_opened_are_named_together(folder):
+    save(folder / "benign" / "grey.png", mode="L")
+    save(folder / "tumour" / "print.jpg", mode="CMYK")
+    with pytest.raises(ValueError, match=r"2 of 22 images cannot be used:\n.*grey.*\n.*print"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_a_label_map_of_classes_or_grey_levels_is_pointed_out(tmp_path):
+    """Two numbers in many parts are no two glands; and neither are the levels of a soft edge."""
+    rows = []
+    for i in range(2):
+        save(tmp_path / f"{i}.png", seed=i)
+        rows.append((f"{i}.png", "a", f"m{i}.png"))
+    write_csv(tmp_path, rows, ["path", "label", "mask"])
+    semantic = np.zeros((40, 48), np.uint8)
+    semantic[::4, ::4], semantic[2::4, 2::4] = 1, 2
+    for i in range(2):
+        Image.fromarray(semantic).save(tmp_path / f"m{i}.png")
+    with pytest.warns(UserWarning, match=r"m0\.png has 2 numbers in \d+ unconnected parts"):
+        datasets.load("folder", root=tmp_path, image_size=40)
+    instances = np.zeros((40, 48), np.uint8)
+    for number in range(1, 6):
+        instances[7 * number : 7 * number + 5, 5:40] = number
+    for i in range(2):
+        Image.fromarray(instances).save(tmp_path / f"m{i}.png")
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        datasets.load("folder", root=tmp_path, image_size=40)
+    assert not any("unconnected" in str(note.message) for note in notes)
+
+
+def test_classes_that_differ_in_capitals_only_are_pointed_out(folder):
+    save(folder / "Benign" / "c.png", seed=40)
+    with pytest.warns(UserWarning, match="classes 'Benign', 'benign' differ in capital letters"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_the_order_of_classes_has_to_be_utf_8(folder):
+    (folder / "classes.txt").write_bytes("dr\xfcsig\nbenign\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.txt is no UTF-8 text .*save it as UTF-8"):
+        datasets.load("folder", root=folder, image_size=32)
+
+
+def test_one_patient_leaves_splits_empty_and_says_so(tmp_path):
+    rows = [(str(save(tmp_path / f"{i}.png", seed=i).name), "ab"[i % 2], "P") for i in range(6)]
+    write_csv(tmp_path, rows, ["path", "label", "patient"])
+    with pytest.warns(UserWarning, match="and with 1 of them no images are left for val, test"):
+        datasets.load("folder", root=tmp_path, image_size=32)
+
+
+def test_names_in_other_alphabets_stay_readable(tmp_path):
+    for name in ("\u00c4rzte/\u65e5\u672c.png", "b/x y.png"):
+        save(tmp_path / name)
+    data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert sorted(data.records["image_id"]) == ["b__x_y", "\u00c4rzte__\u65e5\u672c"]
+
+
+def test_copies_across_splits_are_refused_and_others_noted():
+    records = pd.DataFrame(
+        {"image_id": list("abcde"), "label": list("xxyyy"), "split": ["train"] * 4 + ["test"]}
+    )
+    assert datasets.check_copies(records, ["1", "2", "3", "4", "5"]) is None
+    assert datasets.check_copies(records, [None] * 5) is None  # blank fields are no copies
+    found = datasets.check_copies(records, ["1", "2", "2", "2", "5"])
+    assert found.startswith("1 images are there more than once, pixel for pixel, 1 of them in sev")
+    assert "e.g. b, c, d;" in found
+    with pytest.raises(ValueError, match=r"1 images are in several splits.*d \(train\), e \(test"):
+        datasets.check_copies(records, ["1", "2", "3", "5", "5"])

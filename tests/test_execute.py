@@ -1,5 +1,6 @@
 """Runs two tiny chapters in a copy of the repository, so that real chapters may take their time."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -362,8 +363,8 @@ def test_a_table_of_images_may_be_the_data(run_root, tmp_path):
     assert execute.resolve(execute._parse(given))[1]["data_root"] == str(table)
 
 
-def images_of(run_root, classes, **counts):
-    tissue = {"classes": classes, "counts": {"train": dict.fromkeys(classes, 4)}}
+def images_of(run_root, classes, *, train=4, **counts):
+    tissue = {"classes": classes, "counts": {"train": dict.fromkeys(classes, train)}}
     for split in ("val", "test", "test2"):
         tissue["counts"][split] = dict.fromkeys(classes, counts.get(split, 0))
     runs.dump(run_root / "r" / TISSUE / "results.json", tissue)
@@ -381,6 +382,39 @@ def test_images_that_the_last_chapter_cannot_use_are_known_after_the_first(run_r
     for split in ("test", "test2"):
         images_of(run_root, ["benign", "tumour"], **{split: 1})
         execute._check_images("r", [TISSUE, last])
+
+
+def test_one_training_image_a_class_is_too_few_to_replace_anything(run_root):
+    replacing = "04_probabilistic_replacement"
+    images_of(run_root, ["benign", "tumour"], train=1, test=2)
+    with pytest.raises(runs.Failed, match=r"no class has two training images.* --only 00 01 A2$"):
+        execute._check_images(
+            "r", [TISSUE, FIRST, replacing, "05_sde_mcg_inpainting", "06_synthesis",
+                  "07_classifier_evaluation", "A2_training_latent_diffusion"],
+        )  # fmt: skip
+    execute._check_images("r", [TISSUE, FIRST])
+
+
+def test_a_second_command_on_a_run_is_refused_and_changes_nothing(run_root, monkeypatch, capsys):
+    note = run_root / "r" / "run.json"
+    runs.dump(note, {"preset": "smoke", "options": {"seed": 5}})
+    monkeypatch.setattr(execute, "execute", lambda *a, **k: pytest.fail("it was run"))
+    with (run_root / "r" / ".command.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert execute.main(["--run", "r", "-p", "seed", "6"]) == 1
+    assert "another command is at work on this run" in capsys.readouterr().err
+    assert runs.load(note)["options"] == {"seed": 5}
+    monkeypatch.setattr(execute, "execute", lambda *a, **k: [])
+    assert execute.main(["--run", "r", "-p", "seed", "6"]) == 0  # given back
+    assert execute.main(["--run", "r", "-p", "seed", "7"]) == 0
+    assert runs.load(note)["options"] == {"seed": 7}
+
+
+def test_a_relative_folder_of_runs_is_the_same_for_chapters(tmp_path, monkeypatch):
+    """They run in the repository, not where the command was given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("USEGMIX_RUNS", "mine")
+    assert execute._environment()["USEGMIX_RUNS"] == str(tmp_path / "mine")
 
 
 def test_a_damaged_record_of_a_run_is_named(run_root, capsys):
@@ -421,6 +455,14 @@ def test_a_preset_that_is_no_mapping_is_refused(tmp_path):
 
 def test_the_failure_of_a_kernel_shows_the_log(tmp_path):
     log = tmp_path / "x.log"
-    log.write_text("\n".join(f"line {i}" for i in range(30)) + "\nDeadKernelError: died")
+    log.write_text("\n".join(f"line {i}" for i in range(30)) + "\nNoSuchKernel: python3")
     said = execute._failure("05", tmp_path / "none.ipynb", log)
-    assert "DeadKernelError" in said and "line 3\n" not in said
+    assert "NoSuchKernel" in said and "line 3\n" not in said
+
+
+def test_a_killed_kernel_is_said_to_have_been_killed(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("Traceback ...\nnbclient.exceptions.DeadKernelError: Kernel died\n")
+    said = execute._failure("06_synthesis", tmp_path / "none.ipynb", log)
+    assert said.startswith("06_synthesis: its process was killed")
+    assert "the same command goes on" in said and "Traceback" not in said
