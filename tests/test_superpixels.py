@@ -41,6 +41,16 @@ def test_superpixels_are_the_nearer_of_two_attempts(size, n, found):
     np.testing.assert_array_equal(labels, np.unique(second, return_inverse=True)[1].reshape(size))
 
 
+@pytest.mark.parametrize(("again", "kept"), [(23, 23), (24, 16), (25, 16), (17, 17), (15, 16)])
+def test_the_second_attempt_is_kept_only_if_it_is_nearer(again, kept, monkeypatch):
+    """20 are asked for and 16 found; 24 are as far away, and the first attempt stays."""
+    answers = iter([16, again])
+    monkeypatch.setattr(
+        module, "slic_labels", lambda *_: np.arange(1800).reshape(30, 60) % next(answers)
+    )
+    assert superpixels(np.zeros((30, 60, 3), np.uint8), 20).max() + 1 == kept
+
+
 def test_a_grid_that_stays_the_same_is_not_asked_again(monkeypatch):
     """Whatever the second answer would be, it costs nothing where it is the first one again."""
     image, asked = immunohistochemistry()[:120, :300], []
@@ -91,7 +101,7 @@ def test_constant_image_gives_a_grid():
 
 
 def test_one_superpixel_is_the_whole_image(tissue):
-    assert not superpixels(tissue, 1).any()
+    np.testing.assert_array_equal(superpixels(tissue, 1), np.zeros(tissue.shape[:2]))
 
 
 @pytest.mark.parametrize(
