@@ -242,6 +242,8 @@ def test_verdicts():
 def test_a_verdict_needs_the_interval_too():
     assert statistics.verdict(0.1, -0.02, 0.2, 0.01) == "no difference"
     assert statistics.verdict(0.1, 0.02, 0.2, 0.05) == "no difference"  # below the level, not at it
+    assert statistics.verdict(0.1, 0.0, 0.2, 0.01) == "no difference"  # nor at the interval's end
+    assert statistics.verdict(-0.1, -0.2, 0.0, 0.01) == "no difference"
 
 
 def test_bad_input():
@@ -260,5 +262,8 @@ def test_bad_input():
         statistics.paired_bootstrap([0], [0], [0], [0], labels=2, metric="auc", rng=rng)
     with pytest.raises(ValueError, match="positive baselines"):
         statistics.average_relative_gain({"kappa": 0.1}, {"kappa": 0.0})
+    for one, other in (({}, {}), ({"kappa": 0.1}, {"accuracy": 0.1})):
+        with pytest.raises(ValueError, match="give the same ones, at least one"):
+            statistics.average_relative_gain(one, other)
     with pytest.raises(ValueError, match="lie in"):
         statistics.holm([0.5, 1.2])
