@@ -96,6 +96,14 @@ def test_nothing_is_taken_that_the_source_does_not_have():
     np.testing.assert_array_equal(seam.least_cut(source, target, tiny, outwards=3, inwards=6), tiny)
 
 
+def test_a_mask_from_which_the_whole_frame_is_within_reach_stays_as_it_is():
+    source, target = pictures(3, (24, 31))
+    mask = np.zeros((24, 31), bool)
+    mask[3:-3, 3:-3] = True
+    found = seam.least_cut(source, target, mask, outwards=5, inwards=1)
+    np.testing.assert_array_equal(found, mask)
+
+
 def test_at_the_border_of_the_image_there_is_no_outline():
     shape = (44, 53)
     source, target = pictures(2, shape)
