@@ -380,7 +380,7 @@ def test_damaged_files_give_one_clear_error(tmp_path, segments, raw, name, damag
 
 
 def test_files_of_two_pools_of_equal_size_are_told_apart(tmp_path, segments, raw):
-    a, b = saved(tmp_path / "a", segments, raw), saved(tmp_path / "b", segments, raw[::-1])
+    a, b = saved(tmp_path / "deep" / "a", segments, raw), saved(tmp_path / "b", segments, raw[::-1])
     (b / "features.npz").replace(a / "features.npz")
     with pytest.raises(ValueError, match=r"features\.npz not as saved"):
         Pool.load(a)
