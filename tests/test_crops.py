@@ -250,6 +250,8 @@ def test_superpixels_in_a_segment_that_the_crop_cuts_are_explained():
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(explained(labels, box, size, masks[:2]), False)
     np.testing.assert_array_equal(explained(labels, box, size, masks[:0]), False)
+    upside_down = explained(labels[::-1], (12, 12, 44, 40), size, masks[:, ::-1])
+    np.testing.assert_array_equal(upside_down, expected)
     coarse = explained(labels, box, size, masks[:, ::2, ::2])
     assert (coarse == expected).mean() > 0.9
     left = without(labels, expected)
