@@ -65,6 +65,8 @@ def test_continuous_and_discrete_marginals_agree():
     mean, std = SDE.marginal_prob(torch.ones(SDE.N, 1, dtype=torch.float64), t)
     assert (mean.flatten() - A.sqrt()).abs().max() < 3e-3
     assert (std - (1 - A).sqrt()).abs().max() < 3e-3
+    x = torch.randn(SDE.N, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(SDE.marginal_prob(x, t)[0], mean[..., None] * x)
 
 
 def test_forward_chain_has_the_closed_form_marginal():
