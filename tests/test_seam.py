@@ -180,6 +180,8 @@ def test_blending_leaves_equal_images_alone_and_knows_no_order():
     source, target = rng.integers(60, 190, (2, 40, 46, 3), dtype=np.uint8)
     mask = ellipse(22, 18, 9, 7, 30, (40, 46))
     np.testing.assert_array_equal(seam.blend(source, source, mask, 1.0), source)
+    full = rng.integers(0, 256, (40, 46, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(seam.blend(full, full, mask, 1.0), full)
     found = seam.blend(source, target, mask, 1.0).astype(int)
     assert np.abs(found - seam.blend(target, source, ~mask, 1.0)).max() <= 1
     far = ~seam.near_outline(mask, 9)
