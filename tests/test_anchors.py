@@ -613,6 +613,9 @@ def test_match_by_hand():
     assert best_iou(mask, glands).tolist() == [0.5, 0.0]
     assert match_glands(mask, glands)["recall_50"] == 0.5
     assert best_iou(mask, glands, min_area=0.4).tolist() == [0.5]
+    assert best_iou(mask, glands, min_area=0.25).tolist() == [0.5, 0.0]  # a quarter of the image
+    glands[0, 5] = 9  # a single pixel is a gland, too
+    assert best_iou(mask, glands).tolist() == [0.5, 0.0, 0.0]
 
 
 def test_matches_weigh_every_gland_the_same():
