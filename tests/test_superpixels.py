@@ -177,5 +177,7 @@ def test_bad_points():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="at least 1 point"):
         draw_points(np.zeros((4, 4), int), 0, rng=rng)
+    with pytest.raises(ValueError, match=r"labels must be \(H, W\).* got shape \(8,\)"):
+        draw_points(np.zeros(8, int), 3, rng=rng)
     with pytest.raises(ValueError, match="gaps"):
         draw_points(np.full((4, 4), 2), 3, rng=rng)
