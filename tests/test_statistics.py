@@ -165,7 +165,7 @@ def test_p_is_that_of_all_swaps(metric, monkeypatch):
         )
         assert found.p == pytest.approx(exact, abs=1e-12) and found.p >= 2.0**-4
         assert statistics.least_p(5, n_boot) == 2.0**-4
-    assert statistics.least_p(30, 99) == 0.01
+    assert statistics.least_p(11, 50) == 2.0**-10 and statistics.least_p(30, 99) == 0.01
     monkeypatch.setattr(statistics, "_ALL_SWAPS", 1)  # random ones, as where there are many more
     p = [
         statistics.paired_bootstrap(
