@@ -314,6 +314,8 @@ def test_parts_measured_once_are_matched_as_the_whole(stained, method):
     measured = [stain.measure_stain(image, method=method) for image in (one, two)]
     part = stain.apply_stain(one[20:50, 30:70], *measured, method=method)
     np.testing.assert_array_equal(part, stain.match_stain(one, two, method=method)[20:50, 30:70])
+    by_default = stain.apply_stain(one, *(stain.measure_stain(image) for image in (one, two)))
+    np.testing.assert_array_equal(by_default, stain.match_stain(one, two))
     with pytest.raises(ValueError, match=r"'none' is unknown: use transport, reinhard, macenko$"):
         stain.measure_stain(one, method="none")
 
