@@ -441,5 +441,6 @@ def test_images_of_one_original_are_never_in_two_folds():
 def test_detection_needs_two_originals_and_one_of_each():
     images, originals, masks = pasted_noise(10, n=2)
     assert np.isnan(quality.seam_detection(images, originals, masks, groups=["a", "a"]))
+    assert 0.5 < quality.seam_detection(images, originals, masks, groups=["a", "b"]) <= 1
     with pytest.raises(ValueError, match="1 groups: give one of each"):
         quality.seam_detection(images, originals, masks, groups=["a"])
