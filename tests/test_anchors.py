@@ -518,6 +518,25 @@ def test_segment_is_complete_and_repeatable(random_sam):
     assert counts.pop("segments") == len(one) and counts == one.n_dropped
 
 
+def test_only_sure_anchors_explain_what_a_crop_would_ask(random_sam, monkeypatch):
+    seen, shapes = [], np.arange(5 * 16 * 16).reshape(5, 16, 16) % 7 == 0
+    iou, index = np.array([0.9, 0.9, 0.7, 0.8, 0.1]), np.array([0, -1, 2, 3, 4])
+    found = {"masks": shapes, "index": index, "iou": iou}
+
+    def note(labels, box, size, masks):
+        seen.append(masks)
+        return np.arange(labels.max() + 1) == 0  # the first of each crop
+
+    monkeypatch.setattr("helpers.anchors._candidates", lambda *_, **__: found)
+    monkeypatch.setattr("helpers.anchors.explained", note)
+    given = {"n_segments": 4, "n_points": 1, "crop_n_layers": 1, "explained_iou": 0.7}
+    image = phantom.render(0, seed=3, size=(64, 70)).image
+    crops = prompt(random_sam, image, rng=np.random.default_rng(0), **given)
+    assert len(seen) == 4 and all((masks == shapes[[0, 3]]).all() for masks in seen)
+    whole = superpixels(image, 8).max() + 1
+    assert sum(len(crop.points) for crop in crops[1:]) == whole - 4
+
+
 def test_what_is_dropped_is_counted_once_by_its_first_reason():
     """Seven superpixels of one prompt each; what lies on a limit stays."""
     masks = np.zeros((7, 32, 64), bool)
