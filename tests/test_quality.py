@@ -312,8 +312,9 @@ def test_bad_input(features):
     x, y = features
     with pytest.raises(ValueError, match="one extractor"):
         quality.kid(x, y[:, :3], rng=rng)
-    with pytest.raises(ValueError, match="subset_size is 99"):
-        quality.kid(x, y, subset_size=99, rng=rng)
+    for size in (1, 25, 99):
+        with pytest.raises(ValueError, match=rf"subset_size is {size}, .* in 2 \.\. 24"):
+            quality.kid(x, y, subset_size=size, rng=rng)
     with pytest.raises(ValueError, match="n >= 2"):
         quality.kid(x[:1], y, rng=rng)
     with pytest.raises(ValueError, match="at least 4"):
