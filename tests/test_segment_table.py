@@ -231,6 +231,9 @@ def test_load_coco_errors(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="no JSON"):
         load_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('["images"]')
+    with pytest.raises(ValueError, match="holds no JSON object: write it again with chapter 02"):
+        load_coco(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="annotations"):
         load_coco(tmp_path / "a.json")
