@@ -258,6 +258,8 @@ def test_bad_input():
         statistics.scores(np.array([], int), np.array([], int), 2)
     with pytest.raises(ValueError, match="at least two"):
         statistics.paired_bootstrap([0, 1], [0, 1], [0, 1], ["p", "p"], labels=2, rng=rng)
+    with pytest.raises(ValueError, match="one prediction and one patient for each image"):
+        statistics.paired_bootstrap([0, 1], [0, 1], [0, 1], ["p", "q", "p"], labels=2, rng=rng)
     with pytest.raises(ValueError, match="choose one of"):
         statistics.paired_bootstrap([0], [0], [0], [0], labels=2, metric="auc", rng=rng)
     with pytest.raises(ValueError, match="positive baselines"):
