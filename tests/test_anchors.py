@@ -1,6 +1,7 @@
 """Identity vectors, clusters, anchors, segments, and the comparison with annotation."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -517,6 +518,64 @@ def test_segment_is_complete_and_repeatable(random_sam):
     assert counts.pop("segments") == len(one) and counts == one.n_dropped
 
 
+def test_only_sure_anchors_explain_what_a_crop_would_ask(random_sam, monkeypatch):
+    seen, shapes = [], np.arange(5 * 16 * 16).reshape(5, 16, 16) % 7 == 0
+    iou, index = np.array([0.9, 0.9, 0.7, 0.8, 0.1]), np.array([0, -1, 2, 3, 4])
+    found = {"masks": shapes, "index": index, "iou": iou}
+
+    def note(labels, box, size, masks):
+        seen.append(masks)
+        return np.arange(labels.max() + 1) == 0  # the first of each crop
+
+    monkeypatch.setattr("helpers.anchors._candidates", lambda *_, **__: found)
+    monkeypatch.setattr("helpers.anchors.explained", note)
+    given = {"n_segments": 4, "n_points": 1, "crop_n_layers": 1, "explained_iou": 0.7}
+    image = phantom.render(0, seed=3, size=(64, 70)).image
+    crops = prompt(random_sam, image, rng=np.random.default_rng(0), **given)
+    assert len(seen) == 4 and all((masks == shapes[[0, 3]]).all() for masks in seen)
+    whole = superpixels(image, 8).max() + 1
+    assert sum(len(crop.points) for crop in crops[1:]) == whole - 4
+
+
+def test_what_is_dropped_is_counted_once_by_its_first_reason():
+    """Seven superpixels of one prompt each; what lies on a limit stays."""
+    masks = np.zeros((7, 32, 64), bool)
+    masks[0, 2:12, 2:22] = masks[1, 2:12, 2:23] = True  # two of a kind
+    masks[3, 4:8] = True  # unsure
+    masks[4, 20:24, 1:32] = True  # small, 124 pixels
+    masks[5, :, :33] = True  # large
+    masks[6, 16:, 20:] = masks[6, 15, 24:] = True
+    iou = np.array([0.5, 0.75, 0.9, 0.125, 0.9, 0.9, 0.25], np.float32)
+
+    def asked(masks, iou):
+        padded = torch.full((len(masks), 64, 64), -1.0)  # as the network sees them
+        padded[:, :32][torch.from_numpy(masks)] = 1
+        proposals = Proposals(padded, iou, (32, 64), (32, 64), 64)
+        return [replace(_crop_of(masks, 1), proposals=proposals)]
+
+    settings = {"pred_iou_thresh": 0.25, "min_area": 1 / 16, "max_area": 1 / 2, "iou_merge": 0.5}
+    found = anchors(asked(masks, iou), **settings)
+    assert found.superpixel.tolist() == [1, 6] and found.scores.tolist() == [0.75, 0.25]
+    np.testing.assert_array_equal(found.masks, masks[[1, 6]])
+    dropped = {"empty": 1, "unsure": 1, "small": 1, "large": 1, "duplicate": 1}
+    assert found.n_dropped == dropped and found.n_superpixels == 7
+    ends = masks[[4, 5]]
+    ends[0, 20, 32:36] = True  # a sixteenth of the image, and half of it
+    ends[1, :, 32] = False
+    assert len(anchors(asked(ends, iou[:2]), **settings)) == 2
+
+
+def test_a_speck_that_a_small_image_cannot_show_is_small():
+    logits = torch.full((2, 64, 64), -1.0)
+    logits[0, 0, 0] = 1
+    logits[1, 8:40, 8:40] = 1
+    proposals = Proposals(logits, np.full(2, 0.5, np.float32), (64, 64), (16, 16), 64)
+    crop = replace(_crop_of(np.zeros((2, 16, 16), bool), 1), proposals=proposals)
+    found = anchors([crop], min_area=0.0)
+    assert found.superpixel.tolist() == [1] and found.masks.sum() == 64
+    assert found.n_dropped["small"] == 1
+
+
 def test_segment_counts_what_it_drops(random_sam):
     image = phantom.render(0, seed=3, size=(96, 96)).image
     found = segment(
@@ -613,6 +672,9 @@ def test_match_by_hand():
     assert best_iou(mask, glands).tolist() == [0.5, 0.0]
     assert match_glands(mask, glands)["recall_50"] == 0.5
     assert best_iou(mask, glands, min_area=0.4).tolist() == [0.5]
+    assert best_iou(mask, glands, min_area=0.25).tolist() == [0.5, 0.0]  # a quarter of the image
+    glands[0, 5] = 9  # a single pixel is a gland, too
+    assert best_iou(mask, glands).tolist() == [0.5, 0.0, 0.0]
 
 
 def test_matches_weigh_every_gland_the_same():

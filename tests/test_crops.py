@@ -1,5 +1,7 @@
 """Crops: boxes, who asks which superpixel, and masks back on the raster of the image."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,16 @@ from segment_anything import SamPredictor
 
 from helpers import phantom
 from helpers.anchors import anchors, best_iou, identity_vectors, iou_matrix, prompt, segment
-from helpers.crops import crop_boxes, explained, inner_edges, nearest, resample, share_out, without
+from helpers.crops import (
+    crop_boxes,
+    explained,
+    inner_edges,
+    nearest,
+    reaches,
+    resample,
+    share_out,
+    without,
+)
 from helpers.sam import embed, load_sam, propose
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor
@@ -43,6 +54,21 @@ def test_crops_of_a_layer_cover_the_image_and_get_smaller(size):
     assert end - start == pytest.approx(512 / 1500 * min(size), abs=1.5)
     with pytest.raises(ValueError, match="n_layers = -1"):
         crop_boxes(size, -1)
+
+
+def test_masks_reach_the_edges_that_are_marked():
+    """One mask a pixel: corners lie on two edges; left, top, right, bottom."""
+    masks = np.eye(12, dtype=bool).reshape(12, 3, 4)
+    for edges in itertools.product([False, True], repeat=4):
+        left, top, right, bottom = edges
+        expected = np.zeros((3, 4), bool)
+        expected[:, 0] |= left
+        expected[0] |= top
+        expected[:, -1] |= right
+        expected[-1] |= bottom
+        for given in (masks, torch.from_numpy(masks)):
+            found = np.asarray(reaches(given, edges))
+            np.testing.assert_array_equal(found.reshape(3, 4), expected)
 
 
 def test_inner_edges_are_those_inside_the_image():
@@ -250,6 +276,8 @@ def test_superpixels_in_a_segment_that_the_crop_cuts_are_explained():
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(explained(labels, box, size, masks[:2]), False)
     np.testing.assert_array_equal(explained(labels, box, size, masks[:0]), False)
+    upside_down = explained(labels[::-1], (12, 12, 44, 40), size, masks[:, ::-1])
+    np.testing.assert_array_equal(upside_down, expected)
     coarse = explained(labels, box, size, masks[:, ::2, ::2])
     assert (coarse == expected).mean() > 0.9
     left = without(labels, expected)

@@ -101,6 +101,11 @@ def test_detail_keeps_what_the_autoencoder_loses(model, pair, monkeypatch):
         assert np.array_equal(
             whole, inpaint(model, images, unknown, steps=1, generator=3, detail=False)
         )
+        kept = {"steps": 1, "generator": 3, "fill": "keep"}  # the same, though the hole is seen
+        assert np.array_equal(
+            inpaint(model, images, unknown, **kept),
+            inpaint(model, images, unknown, detail=False, **kept),
+        )
     with_it, without = (
         inpaint(model, images, unknown, detail=d, **options).astype(int) for d in (True, False)
     )
@@ -176,12 +181,24 @@ def test_bad_input_is_named(model, pair):
         inpaint(model, images, np.zeros_like(unknown), method="magic")
     with pytest.raises(ValueError, match="2 generators for 3 images"):
         inpaint(model, images, unknown, generator=spawn(0, 2), steps=2)
-    with pytest.raises(ValueError, match="mask_rule"):
+    with pytest.raises(ValueError, match="mask_rule='most': use 'all' or 'any'"):
         inpaint(model, images, unknown, mask_rule="most", steps=2)
+    with pytest.raises(ValueError, match="fill='black': use 'nearest' or 'keep'"):
+        inpaint(model, images, unknown, fill="black", steps=2)
     with pytest.raises(ValueError, match="context=-1"):
         inpaint(model, images, unknown, context=-1, steps=2)
     with pytest.raises(TypeError, match="stpes"):
         inpaint(model, images, unknown, stpes=2)
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (9, [3])])
+def test_no_more_images_than_asked_are_in_a_batch(model, pair, batch, sizes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        diffusion, "_inpaint_batch", lambda model, images, *_: seen.append(len(images)) or images
+    )
+    inpaint(model, *pair, batch=batch, generator=0)
+    assert seen == sizes
 
 
 def test_little_memory_halves_the_batch(model, pair, monkeypatch, capsys):
@@ -205,6 +222,15 @@ def test_little_memory_halves_the_batch(model, pair, monkeypatch, capsys):
     assert capsys.readouterr().out.count("not enough memory") == 1
     with pytest.raises(ValueError, match="batch=-1"):
         inpaint(model, images, unknown, batch=-1, generator=0)
+
+
+def test_too_little_memory_for_one_image_is_an_error(model, pair, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("too much for one")
+
+    monkeypatch.setattr(diffusion, "_inpaint_batch", never)
+    with pytest.raises(torch.OutOfMemoryError, match="too much for one"):
+        inpaint(model, *pair, generator=0)
 
 
 def test_a_batch_cut_short_by_memory_draws_its_noise_again(model, monkeypatch):
@@ -275,7 +301,7 @@ def test_fill_takes_the_nearest_known_pixel():
     unknown = np.zeros((3, 3), bool)
     unknown[:, 0] = True
     assert np.array_equal(fill_unknown(image, unknown)[:, 0], image[:, 1])
-    assert fill_unknown(image, np.ones((3, 3), bool)).shape == image.shape
+    assert np.array_equal(fill_unknown(image, np.ones((3, 3), bool)), np.full_like(image, 128))
 
 
 def test_noise_strip_goes_from_noise_to_image(model, pair):
@@ -284,3 +310,6 @@ def test_noise_strip_goes_from_noise_to_image(model, pair):
     )
     assert noisy.shape == clean.shape == (4, 64, 64, 3)
     assert times[0] == 999 and times == sorted(times, reverse=True)
+    image = pair[0][0, :45, :50]  # no multiple of what the networks take
+    noisy, clean, times = noise_strip(model, image, pair[1][0, :45, :50], steps=2, generator=0)
+    assert noisy.shape == clean.shape == (2, 45, 50, 3) and len(times) == 2

@@ -112,6 +112,13 @@ def test_draws_have_the_probabilities_of_eq_1(size_range):
     assert stats.chisquare(drawn[possible], expected * n / expected.sum()).pvalue > 1e-3
 
 
+def test_areas_at_the_ends_of_the_range_may_be_drawn():
+    pool, _ = toy_pool(6, 4, classes=("a",))
+    pool.table["area"] = np.where(np.arange(24) == 0, 100, np.arange(24) * 10)
+    rows, log_p = Sampler(pool).log_probabilities(0, size_range=(0.5, 1.5))
+    assert rows[np.isfinite(log_p)].tolist() == list(range(5, 16))
+
+
 def test_two_draws_in_a_row_follow_the_raised_weight():
     """Joint distribution of the first two draws, the penalty of the first included."""
     pool, _ = toy_pool(4, 3, p=2)

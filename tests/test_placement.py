@@ -250,6 +250,27 @@ def test_what_shrinks_is_smoothed_by_the_gaussian_of_its_scale():
         assert abs(got[y, x, 0] - expected) <= 0.6
 
 
+def test_a_mirrored_image_is_smoothed_as_much():
+    image = np.random.default_rng(2).integers(0, 256, (40, 51, 3), dtype=np.uint8)
+    plain = place.warp_image(image, np.array([[0.4, 0, 2], [0, 0.4, 1]]), (18, 25))
+    turned = place.warp_image(image, np.array([[-0.4, 0, 22], [0, 0.4, 1]]), (18, 25))
+    assert np.abs(plain.astype(int) - turned[:, ::-1]).max() <= 1
+
+
+def test_a_small_image_is_smoothed_as_far_as_its_mirror_goes():
+    image = np.random.default_rng(1).integers(40, 216, (3, 4, 3), dtype=np.uint8)
+    got = place.warp_image(image, np.array([[0.2, 0, 1.3], [0, 0.2, 0.4]]), (3, 4))  # sigma 2
+    weights = np.exp(-(np.arange(-2, 3) ** 2) / 8)  # a mirror of 3 pixels goes on for 2
+    blurred = image[..., 0].astype(float)
+    for axis in (0, 1):
+        blurred = ndimage.correlate1d(blurred, weights / weights.sum(), axis, mode="mirror")
+    for y, x in [(0, 0), (0, 1), (1, 2), (2, 3)]:
+        expected = lanczos_at(blurred, (x - 1.3) / 0.2, (y - 0.4) / 0.2)
+        assert abs(got[y, x, 0] - expected) <= 0.6
+    dot = place.warp_image(image[:1, :1], np.array([[0.2, 0, 0], [0, 0.2, 0]]), (2, 3))
+    np.testing.assert_array_equal(dot, np.broadcast_to(image[0, 0], (2, 3, 3)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_warps_on_the_gpu_are_those_of_the_cpu():
     rng = np.random.default_rng(0)
@@ -282,6 +303,20 @@ def test_nothing_of_a_mask_lies_beyond_its_reach(seed):
     if 0 not in size:  # the window alone gives the same mask
         local = affine - [[0, 0, window[1].start], [0, 0, window[0].start]]
         assert (place.warp_mask(mask, local, size) != warped[window]).mean() < 1e-3
+
+
+def test_the_reach_of_a_mask_ends_with_the_frame():
+    mask = np.zeros((9, 12), bool)
+    mask[2:5, 3:7] = True
+
+    def moved(x, y, **options):
+        return place.reach(mask, np.array([[1.0, 0, x], [0, 1, y]]), (20, 30), **options)
+
+    assert moved(10, 8, margin=1) == (slice(8, 15), slice(11, 19))  # and a pixel of interpolation
+    assert moved(0, 0) == (slice(0, 8), slice(0, 10))
+    assert moved(22, 15) == (slice(14, 20), slice(22, 30))
+    assert moved(-50, -50) == (slice(0, 0), slice(0, 0))
+    assert moved(50, 50) == (slice(20, 20), slice(30, 30))
 
 
 def comma(turn, shape=(160, 200)):
@@ -484,3 +519,19 @@ def test_the_small_picture_lies_where_its_transform_says():
     m = cv2.moments(small)
     moved = affine[:, :2] @ place.moments(mask)[0] + affine[:, 2]
     np.testing.assert_allclose([m["m10"] / m["m00"], m["m01"] / m["m00"]], moved, atol=0.05)
+    tiny, shift = place._small(mask[60:70, 100:115], margin=0.2)  # is not enlarged
+    np.testing.assert_array_equal(tiny, np.pad(np.ones((10, 15)), 4))
+    np.testing.assert_allclose(shift, [[1, 0, 4], [0, 1, 4]])
+
+
+def test_scales_vary_by_logarithms_within_the_limits():
+    def varied(size, stretched):
+        return place._varied(np.array([1.2, 0.8]), size, stretched, (0.7, 1.6), 4.0)
+
+    np.testing.assert_allclose(varied(0.1, 0.2), [1.2 * np.exp(0.1 + 0.1), 0.8 * np.exp(0.1 - 0.1)])
+    np.testing.assert_allclose(varied(1.0, 0.0), [1.6, 1.6])
+    mean = np.sqrt(1.2 * 0.8)
+    np.testing.assert_allclose(varied(0.0, 3.0), [1.6, 0.7])
+    np.testing.assert_allclose(
+        place._varied(np.array([1.2, 0.8]), 0.0, 3.0, (0.1, 9), 4.0), [2 * mean, mean / 2]
+    )

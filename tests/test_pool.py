@@ -353,6 +353,14 @@ def test_nothing_agrees_with_nothing():
     assert np.isnan(pooling.agreement_by_chance([], []))
 
 
+@pytest.mark.parametrize(("labels", "share"), [("aa", 1), ("ab", 0)])
+def test_one_neighbour_is_enough_to_agree_with(labels, share):
+    given = list(labels), ["i", "j"]
+    assert pooling.neighbour_agreement(np.eye(2), *given) == share
+    assert pooling.agreement_by_chance(*given) == share
+    assert pooling.agreement_within(np.eye(2), given[0], ["g", "g"], given[1]) == share
+
+
 @pytest.mark.parametrize("d", [1, 6])
 @pytest.mark.parametrize("n", [1, 2, 5, 19, 40])
 def test_map_to_plane(n, d):
@@ -380,7 +388,7 @@ def test_damaged_files_give_one_clear_error(tmp_path, segments, raw, name, damag
 
 
 def test_files_of_two_pools_of_equal_size_are_told_apart(tmp_path, segments, raw):
-    a, b = saved(tmp_path / "a", segments, raw), saved(tmp_path / "b", segments, raw[::-1])
+    a, b = saved(tmp_path / "deep" / "a", segments, raw), saved(tmp_path / "b", segments, raw[::-1])
     (b / "features.npz").replace(a / "features.npz")
     with pytest.raises(ValueError, match=r"features\.npz not as saved"):
         Pool.load(a)

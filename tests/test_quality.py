@@ -30,6 +30,8 @@ def _literal_mmd2(x, y):
 
 def test_mmd_equals_the_double_sum(features):
     assert quality.mmd2(*features) == pytest.approx(_literal_mmd2(*features), rel=1e-10)
+    two = features[0][:2], features[1][:2]
+    assert quality.mmd2(*two) == pytest.approx(_literal_mmd2(*two), rel=1e-10)
 
 
 def test_mmd_equals_torchmetrics(features):
@@ -120,6 +122,8 @@ def test_classes_weigh_the_pairs_of_each_two_by_their_shares(features):
     assert quality.mmd2(x, y, classes=one) == pytest.approx(quality.mmd2(x, y))
     with pytest.raises(ValueError, match="x has fewer than two samples of class 'd'"):
         quality.mmd2(x, y, classes=(in_x, ["d"] * len(y)))
+    with pytest.raises(ValueError, match="x has fewer than two samples of class 'e'"):
+        quality.mmd2(x, y, classes=(["e", *in_x[1:]], ["e"] * 9 + ["a"] * (len(y) - 9)))
     with pytest.raises(ValueError, match="classes of"):
         quality.mmd2(x, y, classes=(in_x[1:], in_y))
 
@@ -177,6 +181,8 @@ def test_real_samples_are_drawn_in_the_mixture_of_the_others():
     assert len(set(rows.tolist())) == 60
     few = quality.stratified(labels, like, most=9, rng=np.random.default_rng(0))
     assert sorted(np.array(labels)[few].tolist()) == ["a"] * 6 + ["b"] * 3
+    rare = quality.stratified(labels, ["b"] * 90 + ["c"], most=20, rng=np.random.default_rng(0))
+    assert sorted(np.array(labels)[rare].tolist()) == ["b"] * 19 + ["c"]  # at least one of each
     with pytest.raises(ValueError, match="no sample of class 'd'"):
         quality.stratified(labels, ["d"], most=9, rng=np.random.default_rng(0))
 
@@ -188,6 +194,15 @@ def test_kid_sees_a_shift_that_the_floor_does_not(features):
     assert kid.mean > 3 * abs(floor.mean)
     assert (kid.subset_size, floor.subset_size) == (12, 12)
     assert kid == quality.kid(x, y, rng=np.random.default_rng(0))
+
+
+def test_a_subset_is_half_of_the_smaller_side_but_two_at_least_and_a_hundred_at_most():
+    rng, many = np.random.default_rng(0), np.random.default_rng(1).normal(size=(210, 3))
+    for n, size in ((3, 2), (9, 4), (210, 100)):
+        found = quality.kid(many[:n], many, n_subsets=2, rng=rng)
+        assert (found.subset_size, found.n_subsets) == (size, 2)
+        if n > 3:
+            assert quality.kid_floor(many[:n], n_subsets=2, rng=rng).subset_size == size
 
 
 def test_kid_over_all_samples_is_mmd(features):
@@ -287,8 +302,9 @@ def test_pixels_near_the_image_border_are_no_part_of_an_outline():
     image[:2, 30:] = image[-2:, 30:] = 255  # only there is an edge
     found = quality.normal_gradient(image, mask, sigma=0.5)
     assert len(found) == 2 * (40 - 2)  # both sides of the outline, a pixel left out at each end
-    strong = quality.normal_gradient(image, mask, sigma=2.0)
-    assert len(strong) == 2 * (40 - 2 * 4)
+    for sigma, margin in ((0.6, 2), (2.0, 4)):
+        rest = quality.normal_gradient(image, mask, sigma=sigma)
+        assert len(rest) == 2 * (40 - 2 * margin)
 
 
 def test_bad_input(features):
@@ -296,12 +312,14 @@ def test_bad_input(features):
     x, y = features
     with pytest.raises(ValueError, match="one extractor"):
         quality.kid(x, y[:, :3], rng=rng)
-    with pytest.raises(ValueError, match="subset_size is 99"):
-        quality.kid(x, y, subset_size=99, rng=rng)
+    for size in (1, 25, 99):
+        with pytest.raises(ValueError, match=rf"subset_size is {size}, .* in 2 \.\. 24"):
+            quality.kid(x, y, subset_size=size, rng=rng)
     with pytest.raises(ValueError, match="n >= 2"):
         quality.kid(x[:1], y, rng=rng)
     with pytest.raises(ValueError, match="at least 4"):
         quality.kid_floor(x[:3], rng=rng)
+    assert quality.kid_floor(x[:4], rng=rng).subset_size == 2
     for few in (1, 2, 3):
         label = ["a"] * few + ["b"] * (len(x) - few)
         with pytest.raises(ValueError, match=f"x has {few} samples of class 'a', .* at least 4 of"):
@@ -312,12 +330,13 @@ def test_bad_input(features):
     with pytest.raises(ValueError, match="classes of"):
         quality.kid_floor(x, classes=["a"] * (len(x) + 1), rng=rng)
     with pytest.raises(ValueError, match="not finite"):
-        quality.kid(np.full((4, 7), np.nan), y, rng=rng)
+        quality.kid(np.where(x == x.max(), np.nan, x), y, rng=rng)
     mask = _disc()
     with pytest.raises(ValueError, match="uint8 RGB"):
         quality.normal_gradient(mask.astype(float), mask)
-    with pytest.raises(ValueError, match="as the image"):
-        quality.normal_gradient(_painted(mask), mask[:-1])
+    for wrong in (mask[:-1], mask.astype(int)):
+        with pytest.raises(ValueError, match="as the image"):
+            quality.normal_gradient(_painted(mask), wrong)
     with pytest.raises(ValueError, match="one mask an image"):
         quality.seam_score([_painted(mask)], [], [_painted(mask)], [mask])
     with pytest.raises(ValueError, match="nothing to compare"):
@@ -338,6 +357,28 @@ def test_strips_follow_the_outline_from_outside_to_inside():
     cut = np.roll(mask, -40, axis=1)
     assert len(quality.outline_strips(image, cut)) < 4
     assert quality.outline_strips(image, np.zeros_like(mask)).shape == (0, 32, 17, 3)
+
+
+def test_an_outline_shorter_than_a_strip_has_none():
+    image = np.zeros((60, 70, 3), np.uint8)
+    for side, n in ((8, 0), (9, 1), (16, 1), (17, 2)):  # outlines of 28, 32, 60 and 64 pixels
+        mask = np.zeros((60, 70), bool)
+        mask[20 : 20 + side, 25 : 25 + side] = True
+        assert len(quality.outline_strips(image, mask)) == n
+
+
+def test_numbers_of_a_strip_are_those_of_loops():
+    """At each distance from the outline; the correlation is that with the line next to it."""
+    rng = np.random.default_rng(1)
+    strips = (rng.normal(size=(2, 9, 5, 3)) * 30 + rng.uniform(40, 200, (2, 1, 5, 1))).astype("f4")
+    for strip, found in zip(strips, quality._numbers(strips), strict=True):
+        lines = strip.mean(-1).T  # one a distance, along the outline
+        across = [np.abs(strip[:, k + 1] - strip[:, k]).mean() for k in range(4)]
+        along = [np.abs(strip[1:, k] - strip[:-1, k]).mean() for k in range(5)]
+        alike = [np.corrcoef(lines[k], lines[k + 1])[0, 1] for k in range(4)]
+        spread = [line.std() for line in lines]
+        expected = np.concatenate([np.log1p(across), np.log1p(along), np.log1p(spread), alike])
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def pasted_noise(contrast, n=16):
@@ -401,6 +442,8 @@ def test_detection_needs_two_originals_and_one_of_each():
     images, originals, masks = pasted_noise(10, n=2)
     with pytest.raises(ValueError, match="1 originals with a strip of outline"):
         quality.detect_seams(images, originals, masks, groups=["a", "a"])
+    found = quality.detect_seams(images, originals, masks, groups=["a", "b"])
+    assert 0.5 < found.auc() <= 1
     with pytest.raises(ValueError, match="1 groups: give one of each"):
         quality.detect_seams(images, originals, masks, groups=["a"])
 

@@ -126,6 +126,13 @@ def test_the_fill_is_the_colour_around_the_target():
     image[target] = 220
     out, _ = rep.paste(image, target, image, target, away)
     assert (out == 90).all()
+    image[:, 41:][~target[:, 41:]] = 91  # a little less than half of the rim
+    image[:22, 20:41][~target[:22, 20:41]] = 93
+    rim = ndimage.binary_dilation(target, np.ones((9, 9))) & ~target
+    mean = image[rim].mean()
+    assert mean % 1 > 0.5
+    out, _ = rep.paste(image, target, image, target, away)
+    assert (out[target] == round(mean)).all()  # rounded, not cut off
 
 
 @pytest.mark.parametrize("band", [0, 1, 3, 6])
@@ -190,7 +197,7 @@ def test_composite_keeps_its_promises(method, stain, feather):
     json.dumps(c.replacements)
 
 
-def test_composite_is_deterministic_and_stain_cache_changes_nothing():
+def test_composite_is_deterministic_and_stain_cache_changes_nothing(monkeypatch):
     pool, images = toy_pool(8, 6)
 
     def make(seed, stains=None):
@@ -204,6 +211,12 @@ def test_composite_is_deterministic_and_stain_cache_changes_nothing():
     np.testing.assert_array_equal(a.image, b.image)
     np.testing.assert_array_equal(a.image, c.image)
     assert cache and a.replacements == c.replacements
+    measured, measure = [], rep.measure_stain
+    monkeypatch.setattr(
+        rep, "measure_stain", lambda image, **how: measured.append(image) or measure(image, **how)
+    )
+    make(0, cache)
+    assert len(measured) == 1 and measured[0] is images["im1"]  # the sources are in the cache
     assert [r["source"] for r in make(1).replacements] != [r["source"] for r in a.replacements]
 
 
@@ -475,6 +488,26 @@ def test_the_place_of_a_target_shows_the_image_of_its_source():
     assert rep.shown_in(pool, row, [beyond | {"target_row": int(other)}]) == {"im0"}
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_box_shows_what_shares_a_row_or_column_with_it(axis):
+    """Columns and rows 50 .. 59; the source ends or begins there, or a pixel before or after."""
+    pool, _ = toy_pool(4, 5, classes=("a",))
+    row, other = pool.of_image("im0")[:2]
+    source = int(pool.of_image("im1")[0])
+    box = ["x", "y", "w", "h"]
+    pool.table.loc[row, box], pool.table.loc[source, box] = [50, 50, 10, 10], [3, 1, 8, 6]
+    start, length = ((3, 8), (1, 6))[axis]
+    ends = (51 - length, 50 - length, 59, 60)
+    for target, first, shown in zip((0, 0, 90, 90), ends, (True, False) * 2, strict=True):
+        pool.table.loc[other, box] = [target, target, 5, 5]
+        affine = np.eye(2, 3)
+        affine[axis, 2], affine[1 - axis, 2] = first - start, 51
+        done = {"affine": affine.tolist(), "source_row": source, "source_image": "im1",
+                "target_row": int(other)}  # fmt: skip
+        assert ("im1" in rep.shown_in(pool, row, [done])) == shown
+        assert "im1" in rep.shown_in(pool, row, [done], margin=1)
+
+
 def test_a_paste_out_of_the_frame_pastes_nothing():
     image = np.full((60, 80, 3), 90, np.uint8)
     mask = ellipse(40, 30, 12, 9, 0, (60, 80))
@@ -483,6 +516,9 @@ def test_a_paste_out_of_the_frame_pastes_nothing():
     assert not pasted.any()
     _, context = rep.paste(image, mask, image, mask, away, gap="context")
     assert not context.any()
+    for gap in ("inpaint", "context"):
+        same, nothing = rep.paste(image, mask, image, mask, -away, gap=gap, feather=1)
+        assert not nothing.any() and (same == image).all()
 
 
 def test_context_leaves_less_to_be_repainted_at_the_same_draws():

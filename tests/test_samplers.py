@@ -123,6 +123,14 @@ def test_karras_times_are_as_many_as_asked_for(n, strength):
     assert all(a > b for a, b in itertools.pairwise(times))
 
 
+def test_karras_levels_that_coincide_move_to_the_next_free_ones():
+    """Four levels close together and one far above: half way up, two times would be the last."""
+    sigma = np.array([1, 1.01, 1.02, 1.03, 10])
+    for n, times in ((5, [4, 3, 2, 1, 0]), (3, [4, 3, 0])):
+        found = timesteps(n, 5, spacing="karras", alphas_cumprod=1 / (1 + sigma**2))
+        assert found == times
+
+
 def test_karras_levels_are_those_of_diffusers():
     from diffusers import DPMSolverMultistepScheduler
 
@@ -231,6 +239,8 @@ def test_multistep_solver_is_that_of_its_paper(solver, steps):
 def test_moves_of_repaint():
     moves = samplers._path([8, 6, 4, 2], 2, 2)
     assert moves == [(8, 6), (6, 4), (4, 8), (8, 6), (6, 4), (4, 2), (2, -1)]
+    assert samplers._path([8, 6, 4, 2], 9, 2) == moves  # half of the steps at most
+    assert samplers._path([8], 5, 3) == [(8, -1)]
 
 
 def test_network_calls_are_those_that_happen():
@@ -255,6 +265,7 @@ def test_network_calls_are_those_that_happen():
         run(eps, z_y, m, steps=10, **options)
         assert network_calls(10, **options) == (len(forward), len(backward)), options
     assert network_calls(50, method="projection") == (50, 0)
+    assert network_calls(50, method="mcg", guided=0.001) == (50, 1)  # one guided step at least
     assert network_calls(50, method="repaint", jump_length=10).forward == 50 + 4 * 2 * 10
 
 

@@ -34,6 +34,19 @@ def test_schedule_is_that_of_latent_diffusion():
     np.testing.assert_allclose(VPSDE().alphas_cumprod, np.cumprod(1 - betas), rtol=1e-9)
 
 
+def test_another_schedule_may_be_given():
+    given = {**LATENT_SCHEDULE, "num_train_timesteps": 50, "beta_start": 0.01, "beta_end": 0.09}
+    sde = VPSDE(given)
+    betas = np.linspace(0.1, 0.3, 50) ** 2
+    assert sde.N == 50
+    np.testing.assert_allclose(sde.discrete_betas, betas, rtol=1e-12)
+    np.testing.assert_allclose(sde.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+    ends = sde.beta(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    np.testing.assert_allclose(ends, [50 * 0.01, 50 * 0.09])
+    with pytest.raises(ValueError, match="beta_schedule 'linear': use 'scaled_linear'"):
+        VPSDE({**given, "beta_schedule": "linear"})
+
+
 def test_marginals_solve_the_moment_equations():
     # d mean / dt = -beta mean / 2 and d var / dt = beta (1 - var), integrated with small steps.
     mean, var, n = 1.0, 0.0, 20_000
@@ -52,6 +65,8 @@ def test_continuous_and_discrete_marginals_agree():
     mean, std = SDE.marginal_prob(torch.ones(SDE.N, 1, dtype=torch.float64), t)
     assert (mean.flatten() - A.sqrt()).abs().max() < 3e-3
     assert (std - (1 - A).sqrt()).abs().max() < 3e-3
+    x = torch.randn(SDE.N, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(SDE.marginal_prob(x, t)[0], mean[..., None] * x)
 
 
 def test_forward_chain_has_the_closed_form_marginal():

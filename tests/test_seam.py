@@ -96,6 +96,14 @@ def test_nothing_is_taken_that_the_source_does_not_have():
     np.testing.assert_array_equal(seam.least_cut(source, target, tiny, outwards=3, inwards=6), tiny)
 
 
+def test_a_mask_from_which_the_whole_frame_is_within_reach_stays_as_it_is():
+    source, target = pictures(3, (24, 31))
+    mask = np.zeros((24, 31), bool)
+    mask[3:-3, 3:-3] = True
+    found = seam.least_cut(source, target, mask, outwards=5, inwards=1)
+    np.testing.assert_array_equal(found, mask)
+
+
 def test_at_the_border_of_the_image_there_is_no_outline():
     shape = (44, 53)
     source, target = pictures(2, shape)
@@ -172,6 +180,8 @@ def test_blending_leaves_equal_images_alone_and_knows_no_order():
     source, target = rng.integers(60, 190, (2, 40, 46, 3), dtype=np.uint8)
     mask = ellipse(22, 18, 9, 7, 30, (40, 46))
     np.testing.assert_array_equal(seam.blend(source, source, mask, 1.0), source)
+    full = rng.integers(0, 256, (40, 46, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(seam.blend(full, full, mask, 1.0), full)
     found = seam.blend(source, target, mask, 1.0).astype(int)
     assert np.abs(found - seam.blend(target, source, ~mask, 1.0)).max() <= 1
     far = ~seam.near_outline(mask, 9)

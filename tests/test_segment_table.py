@@ -49,6 +49,18 @@ def test_collect_measures_every_segment(segments):
         ]
         assert row["border"] == (len(on_border) > 0.1 * 2 * np.pi * np.sqrt(len(xs) / np.pi))
     np.testing.assert_array_equal(segments.masks("im3"), given["im3"])
+    for column in ("patient", "dataset"):
+        expected = records()[column].astype(str)
+        assert segments.images[column].tolist() == expected.tolist()
+        assert segments.table[column].tolist() == expected.repeat(4).tolist()
+    assert set(segments.images["site"]) == {"A"}
+
+
+def test_the_centroid_of_one_pixel_is_the_pixel():
+    masks = np.zeros((1, H, W), bool)
+    masks[0, 7, 11] = True
+    table = collect(records(1), {"im0": masks}).table
+    assert table.loc[0, ["area", "cx", "cy", *"xywh"]].tolist() == [1, 11, 7, 11, 7, 1, 1]
 
 
 def test_border_cut_is_found_on_each_side():
@@ -118,6 +130,7 @@ def test_image_without_segments_is_kept():
     ("change", "message"),
     [
         (lambda r, m: m.update(im0=np.zeros((1, H, W), bool)), "empty"),
+        (lambda r, m: m["im2"].__setitem__(3, False), "image 'im2': mask 3 is empty; drop it"),
         (lambda r, m: m.update(im0=np.ones((1, 5, 5), bool)), "expected"),
         (lambda r, m: m.update(other=m["im0"]), "unknown images"),
         (lambda r, m: r.pop("split"), "split"),
@@ -218,6 +231,9 @@ def test_load_coco_errors(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="no JSON"):
         load_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('["images"]')
+    with pytest.raises(ValueError, match="holds no JSON object: write it again with chapter 02"):
+        load_coco(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="annotations"):
         load_coco(tmp_path / "a.json")
@@ -292,6 +308,8 @@ def test_select(segments):
     np.testing.assert_array_equal(part.mask(4), segments.masks("im2")[0])
     big = segments.select(segments.table["area"].to_numpy() > 50)
     assert len(big.images) == 6 and (big.table["area"] > 50).all()
+    two = segments.select(image_id=("im0", "im3"))
+    assert two.images["image_id"].tolist() == ["im0", "im3"] and len(two) == 8
     with pytest.raises(KeyError, match="stage"):
         segments.select(stage=1)
 

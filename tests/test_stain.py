@@ -40,6 +40,8 @@ def test_tissue_mask(stained):
 def test_colour_space_is_that_of_skimage():
     image = data.immunohistochemistry()[:64, :64]
     np.testing.assert_allclose(stain._lab(image), color.rgb2lab(image), atol=0.4)
+    white = np.full((1, 1, 3), 255, np.uint8)
+    np.testing.assert_allclose(stain._lab(white)[0, 0], [100, 0, 0], atol=0.01)
 
 
 def test_reinhard_is_the_closed_form():
@@ -245,6 +247,19 @@ def test_grain_finer_than_the_smoothing_is_no_gap():
     regions = np.ones((40, 60), bool), np.ones((30, 50), bool)
     gaps = [stain.colour_gap(board, regions[0], mean, regions[1], sigma=s) for s in (1e-3, 2.0)]
     assert gaps[0] > 10 > 1 > gaps[1]
+    for axis in (0, 1):  # stripes of either direction
+        stripes = np.where((np.indices((40, 60))[axis] % 2)[..., None], one, two).astype(np.uint8)
+        assert stain.colour_gap(stripes, regions[0], mean, regions[1]) < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sixty_four_stained_pixels_are_enough(stained, method):
+    image, mask = stained["one"][0], np.zeros((96, 96), bool)
+    mask[44:52, 30:38] = True
+    stain.measure_stain(image, method=method, mask=mask)
+    mask[44, 30] = False
+    with pytest.raises(ValueError, match="only 63 stained pixels"):
+        stain.measure_stain(image, method=method, mask=mask)
 
 
 def test_stain_masks_and_errors(stained):
@@ -299,6 +314,8 @@ def test_parts_measured_once_are_matched_as_the_whole(stained, method):
     measured = [stain.measure_stain(image, method=method) for image in (one, two)]
     part = stain.apply_stain(one[20:50, 30:70], *measured, method=method)
     np.testing.assert_array_equal(part, stain.match_stain(one, two, method=method)[20:50, 30:70])
+    by_default = stain.apply_stain(one, *(stain.measure_stain(image) for image in (one, two)))
+    np.testing.assert_array_equal(by_default, stain.match_stain(one, two))
     with pytest.raises(ValueError, match=r"'none' is unknown: use transport, reinhard, macenko$"):
         stain.measure_stain(one, method="none")
 

@@ -165,7 +165,7 @@ def test_p_is_that_of_all_swaps(metric, monkeypatch):
         )
         assert found.p == pytest.approx(exact, abs=1e-12) and found.p >= 2.0**-4
         assert statistics.least_p(5, n_boot) == 2.0**-4
-    assert statistics.least_p(30, 99) == 0.01
+    assert statistics.least_p(11, 50) == 2.0**-10 and statistics.least_p(30, 99) == 0.01
     monkeypatch.setattr(statistics, "_ALL_SWAPS", 1)  # random ones, as where there are many more
     p = [
         statistics.paired_bootstrap(
@@ -242,6 +242,8 @@ def test_verdicts():
 def test_a_verdict_needs_the_interval_too():
     assert statistics.verdict(0.1, -0.02, 0.2, 0.01) == "no difference"
     assert statistics.verdict(0.1, 0.02, 0.2, 0.05) == "no difference"  # below the level, not at it
+    assert statistics.verdict(0.1, 0.0, 0.2, 0.01) == "no difference"  # nor at the interval's end
+    assert statistics.verdict(-0.1, -0.2, 0.0, 0.01) == "no difference"
 
 
 def test_bad_input():
@@ -256,10 +258,15 @@ def test_bad_input():
         statistics.scores(np.array([], int), np.array([], int), 2)
     with pytest.raises(ValueError, match="at least two"):
         statistics.paired_bootstrap([0, 1], [0, 1], [0, 1], ["p", "p"], labels=2, rng=rng)
+    with pytest.raises(ValueError, match="one prediction and one patient for each image"):
+        statistics.paired_bootstrap([0, 1], [0, 1], [0, 1], ["p", "q", "p"], labels=2, rng=rng)
     with pytest.raises(ValueError, match="choose one of"):
         statistics.paired_bootstrap([0], [0], [0], [0], labels=2, metric="auc", rng=rng)
     with pytest.raises(ValueError, match="positive baselines"):
         statistics.average_relative_gain({"kappa": 0.1}, {"kappa": 0.0})
+    for one, other in (({}, {}), ({"kappa": 0.1}, {"accuracy": 0.1})):
+        with pytest.raises(ValueError, match="give the same ones, at least one"):
+            statistics.average_relative_gain(one, other)
     with pytest.raises(ValueError, match="lie in"):
         statistics.holm([0.5, 1.2])
 

@@ -41,6 +41,21 @@ def test_superpixels_are_the_nearer_of_two_attempts(size, n, found):
     np.testing.assert_array_equal(labels, np.unique(second, return_inverse=True)[1].reshape(size))
 
 
+@pytest.mark.parametrize(
+    ("first", "again", "kept"),
+    [(16, 23, 23), (16, 24, 16), (16, 25, 16), (16, 15, 16), (12, 14, 14)],
+)
+def test_the_second_attempt_is_kept_only_if_it_is_nearer(first, again, kept, monkeypatch):
+    """20 are asked for: 24 are as far away as 16, and 14 no reason to warn."""
+    answers = iter([first, again])
+    monkeypatch.setattr(
+        module, "slic_labels", lambda *_: np.arange(1800).reshape(30, 60) % next(answers)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert superpixels(np.zeros((30, 60, 3), np.uint8), 20).max() + 1 == kept
+
+
 def test_a_grid_that_stays_the_same_is_not_asked_again(monkeypatch):
     """Whatever the second answer would be, it costs nothing where it is the first one again."""
     image, asked = immunohistochemistry()[:120, :300], []
@@ -91,7 +106,7 @@ def test_constant_image_gives_a_grid():
 
 
 def test_one_superpixel_is_the_whole_image(tissue):
-    assert not superpixels(tissue, 1).any()
+    np.testing.assert_array_equal(superpixels(tissue, 1), np.zeros(tissue.shape[:2]))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +177,7 @@ def test_bad_points():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="at least 1 point"):
         draw_points(np.zeros((4, 4), int), 0, rng=rng)
+    with pytest.raises(ValueError, match=r"labels must be \(H, W\).* got shape \(8,\)"):
+        draw_points(np.zeros(8, int), 3, rng=rng)
     with pytest.raises(ValueError, match="gaps"):
         draw_points(np.full((4, 4), 2), 3, rng=rng)
