@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 from torchmetrics.image.kid import poly_mmd
 
 from helpers import quality
@@ -459,10 +460,13 @@ def test_the_area_under_the_curve_counts_pairs_and_weights_repeat_strips():
         return np.mean(pairs)
 
     assert found.auc() == pytest.approx(share(evidence, pasted))
+    assert found.auc() == pytest.approx(roc_auc_score(pasted, evidence))
     times = rng.integers(0, 4, 30)
     assert found.auc(times) == pytest.approx(
         share(np.repeat(evidence, times), np.repeat(pasted, times))
     )
+    assert found.auc(times) == pytest.approx(roc_auc_score(pasted, evidence, sample_weight=times))
+    assert np.isnan(found.auc(pasted))  # no strip without a seam has a weight
 
 
 def test_outline_gradients_are_one_number_an_image(features):
