@@ -178,7 +178,7 @@ def nothing(real: np.ndarray, names, labels, rng: np.random.Generator, n: int = 
 # --- ways to mix ----------------------------------------------------------------------------------
 
 #: Of the Gaussian in the ways that have one, pixels: `feather` of chapter 04.
-WIDTH = 0.5
+WIDTH = 0.6
 
 
 def mean(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> np.ndarray:
