@@ -551,6 +551,10 @@ def _all_of(errors: Sequence[Exception], n: int, most: int = 20) -> str:
     return f"{len(errors)} of {n} images cannot be used:\n" + "\n".join(lines)
 
 
+#: Unconnected parts for each number, above which a label map hardly holds glands.
+_PARTS_A_GLAND = 3
+
+
 def _check_label_maps(name: str, table: pd.DataFrame, image_size: int, n: int = 3) -> None:
     """Warn if the first label maps do not look as if each number were one gland."""
     for row in table[table["mask"].notna()].head(n).itertuples():
@@ -569,10 +573,6 @@ def _check_label_maps(name: str, table: pd.DataFrame, image_size: int, n: int = 
                 stacklevel=4,
             )
             return
-
-
-#: Unconnected parts for each number, above which a label map hardly holds glands.
-_PARTS_A_GLAND = 3
 
 
 def check_copies(records: pd.DataFrame, digests: Sequence[str | None]) -> str | None:
