@@ -263,7 +263,7 @@ def kid_difference(
     origins: Origins | None = None,
     classes: Classes | None = None,
 ) -> Callable[[np.ndarray], float]:
-    """Kernel distance of a sample from x, minus that of another one at the same places.
+    """How much farther one version of synthetic images is from real ones than another.
 
     Parameters
     ----------
@@ -278,8 +278,8 @@ def kid_difference(
     -------
     callable
         Takes the weight of each of the m synthetic images, (m,), such as how often each comes in a
-        resample; returns the difference, or NaN if no pair of unrelated images of two classes is
-        left. Two copies of one image are no pair.
+        resample; returns the kernel distance of `a` from `x` minus that of `b`, or NaN if no pair
+        of unrelated images of two classes is left. Two copies of one image are no pair.
 
     Raises
     ------
