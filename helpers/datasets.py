@@ -786,7 +786,9 @@ def _load_folder(root, image_size, seed, limits):
 
 
 def _natural(text: str):
-    return [int(t) if t.isdigit() else t.lower() for t in re.split(r"(\d+)", text)]
+    """Key of an order in which 10 comes after 9, and capitals count only between equals."""
+    parts = [int(t) if t.isdigit() else t.lower() for t in re.split(r"(\d+)", text)]
+    return parts, text
 
 
 def _class_order(folder: Path, found: list[str]) -> tuple[str, ...]:
