@@ -371,6 +371,32 @@ def outline_gradients(
     return np.array([values.mean() if values.size else np.nan for values in found])
 
 
+def outline_change(after: np.ndarray, before: np.ndarray) -> Callable[[np.ndarray], float]:
+    """How much more images change across outlines than the same lines did before.
+
+    Parameters
+    ----------
+    after, before : (n,) float ndarray
+        Of :func:`outline_gradients`, with the same masks; NaN does not count.
+
+    Returns
+    -------
+    callable
+        Takes the weight of each of the n images, (n,), such as how often each comes in a resample;
+        returns the logarithm of the ratio of the means, or NaN if no image with a weight has an
+        outline.
+    """
+    there = np.isfinite(after)
+
+    def change(weights: np.ndarray) -> float:
+        if not weights[there].any():
+            return float("nan")
+        a, b = (np.average(x[there], weights=weights[there]) for x in (after, before))
+        return float(np.log(a / b))
+
+    return change
+
+
 @dataclass(frozen=True)
 class Seam:
     """Strength of pasted outlines against that of real ones.

@@ -483,6 +483,15 @@ def test_outline_gradients_are_one_number_an_image(features):
         quality.outline_gradients(images, masks[:2], name="pictures")
 
 
+def test_change_across_outlines_is_the_log_ratio_of_the_means():
+    """Weights repeat images, and one without an outline does not count."""
+    after, before = np.array([2.0, np.nan, 6.0, 1.0]), np.array([1.0, np.nan, 2.0, 5.0])
+    change = quality.outline_change(after, before)
+    assert change(np.ones(4)) == pytest.approx(np.log(9 / 8))
+    assert change(np.array([2, 7, 1, 0])) == pytest.approx(np.log((2 + 2 + 6) / (1 + 1 + 2)))
+    assert np.isnan(change(np.array([0, 3, 0, 0])))
+
+
 @pytest.mark.parametrize("with_origins", [False, True])
 def test_the_difference_of_two_distances(features, with_origins):
     """By itself, and for weights of 0 and more, whose copies are no pairs."""

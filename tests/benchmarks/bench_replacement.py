@@ -240,11 +240,24 @@ def looked_at(
         for picture, c in zip(pictures, made, strict=True)
         for _, row in places([c])
     )
-    detector = quality.detect_seams(
-        pictures, [c.original for c in made], masks, groups=[c.image_id for c in made]
-    )
-    found = {"KID x 1000": distance(crops, made), "detected": detector.auc()}
-    return {**found, "crops": len(crops)}
+    targets, originals = [c.image_id for c in made], [c.original for c in made]
+    off, low, high = off_the_line(pictures, originals, masks, targets)
+    return {
+        "KID x 1000": distance(crops, made),
+        "detected": quality.detect_seams(pictures, originals, masks, groups=targets).auc(),
+        "off, %": off, "low": low, "high": high, "crops": len(crops),
+    }  # fmt: skip
+
+
+def off_the_line(
+    pictures: list[np.ndarray], originals: list[np.ndarray], masks: list[np.ndarray],
+    targets: list[str],
+) -> tuple[float, float, float]:  # fmt: skip
+    """How much more pictures change across seams than the same lines before, %; 95 % interval."""
+    gradients = (quality.outline_gradients(images, masks) for images in (pictures, originals))
+    change = quality.outline_change(*gradients)
+    found = statistics.resampled(change, targets, rng=np.random.default_rng(1))
+    return tuple(100 * np.expm1(found))
 
 
 def mixed(
@@ -269,6 +282,9 @@ def mixed(
 
 
 # --- ways to heal ---------------------------------------------------------------------------------
+
+#: Of the blend that is healed, pixels: `feather` of chapter 04.
+WIDTHS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 #: Changes of how composites are healed in chapter 06; None leaves them as they are pasted.
 HEALINGS: dict[str, dict[str, object] | None] = {
@@ -311,45 +327,6 @@ def healed(
         seconds = time.perf_counter() - start
         seen = looked_at(list(pictures), [c.pasted for c in made], made, pool, embed, distance)
         yield {"healed": name, **seen, "s/image": seconds / len(made)}
-
-
-# --- widths of the blend --------------------------------------------------------------------------
-
-#: Pixels, see `feather` of chapter 04.
-WIDTHS = (0.3, 0.4, 0.5, 0.6, 0.7)
-
-
-def off_the_line(
-    pictures: np.ndarray, made: list[Composite], rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """How much an image changes across seams, less the same lines before, %; its 95 % interval."""
-    masks = [c.pasted for c in made]
-    after, before = (
-        quality.outline_gradients(images, masks)
-        for images in (list(pictures), [c.original for c in made])
-    )
-    there = np.isfinite(after)
-
-    def off(weights: np.ndarray) -> float:
-        a, b = (np.average(x[there], weights=weights[there]) for x in (after, before))
-        return float(100 * (a / b - 1))
-
-    return statistics.resampled(off, [c.image_id for c in made], rng=rng)
-
-
-def blended(
-    pool: Pool, classes: list[str], image, embed, distance: Callable[..., float], n: int
-) -> Iterator[dict]:
-    """Two rows a width, as pasted and healed: gradient, kernel distance, detector."""
-    model = latent.load_latent_diffusion()
-    for width in WIDTHS:
-        made, _ = composed(pool, classes, image, n, feather=width)
-        pasted, unknown = (np.stack([getattr(c, k) for c in made]) for k in ("image", "unknown"))
-        healed = diffusion.inpaint(model, pasted, unknown, generator=0, batch=8, **healing())
-        for name, pictures in (("pasted", pasted), ("healed", healed)):
-            off, low, high = off_the_line(pictures, made, np.random.default_rng(1))
-            seen = looked_at(list(pictures), [c.pasted for c in made], made, pool, embed, distance)
-            yield {"width": f"{width}, {name}", "off, %": off, "low": low, "high": high, **seen}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -419,8 +396,12 @@ def main(argv: list[str] | None = None) -> None:
             ways += healed(wider, pool, embed, distance, healings={f"band of {band} pixels": {}})
         show(pd.DataFrame(ways).set_index("healed"))
     if "widths" in options.only:
-        ways = blended(pool, classes, image, embed, distance, options.n_per_class)
-        show(pd.DataFrame(ways).set_index("width"))
+        ways = []
+        for width in WIDTHS:
+            blended, _ = composed(pool, classes, image, options.n_per_class, feather=width)
+            both = {f"not healed, {width} pixels": None, f"healed, {width} pixels": {}}
+            ways += healed(blended, pool, embed, distance, healings=both)
+        show(pd.DataFrame(ways).set_index("healed"))
 
 
 def _drawable(pool: Pool, least: int = 5) -> list[str]:
