@@ -229,27 +229,30 @@ def _finished(run: str, chapter: str) -> bool:
 def _check_images(run: str, chapters: Sequence[str]) -> None:
     """Stop before the long chapters if later ones cannot work with the images of the run."""
     replacing, last = "04_probabilistic_replacement", "07_classifier_evaluation"
-    needy = [c for c in (replacing, last) if c in chapters]
-    if not needy:
+    if not {replacing, last} & set(chapters):
         return
     tissue = runs.load(runs.root() / run / "00_tissue" / "results.json")
-    counts, problem = tissue["counts"], None
-    if replacing in needy and max(counts["train"].values()) < 2:
-        needy, problem = [replacing], (
+    counts, chapter = tissue["counts"], last
+    if replacing in chapters and max(counts["train"].values()) < 2:
+        chapter = replacing
+        problem = (
             "replaces segments by those of other images of their class, but no class has two "
             "training images (see train_per_class)"
-        )  # fmt: skip
-    elif last in needy and len(tissue["classes"]) < 2:
-        problem = f"tells classes apart, but all images are of one, {tissue['classes'][0]!r}"
-    elif last in needy and not any(sum(counts[split].values()) for split in ("test", "test2")):
-        problem = "needs test images, and there are none (see test_per_class and test2_per_class)"
-    if problem:
-        blocked = _built_on(needy[-1])
-        others = " ".join(c.split("_")[0] for c in chapters if c not in blocked)
-        raise runs.Failed(
-            f"chapter {needy[-1]} {problem}. Add images, or run the others alone: "
-            f"python -m helpers.execute --run {run} --only {others}"
         )
+    elif last not in chapters:
+        return
+    elif len(tissue["classes"]) < 2:
+        problem = f"tells classes apart, but all images are of one, {tissue['classes'][0]!r}"
+    elif not any(sum(counts[split].values()) for split in ("test", "test2")):
+        problem = "needs test images, and there are none (see test_per_class and test2_per_class)"
+    else:
+        return
+    blocked = _built_on(chapter)
+    others = " ".join(c.split("_")[0] for c in chapters if c not in blocked)
+    raise runs.Failed(
+        f"chapter {chapter} {problem}. Add images, or run the others alone: "
+        f"python -m helpers.execute --run {run} --only {others}"
+    )
 
 
 def _built_on(chapter: str) -> set[str]:
