@@ -517,7 +517,7 @@ def _from_files(
         except (ValueError, FileNotFoundError) as error:
             wrong.append(error)
     if wrong:
-        raise wrong[0] if len(wrong) == 1 else ValueError(_all_of(wrong, len(table)))
+        raise wrong[0] if len(wrong) == 1 else unusable(wrong, len(table))
     if paged:
         warnings.warn(
             f"{name}: {len(paged)} of {len(table)} images have several pages, of which the first "
@@ -544,11 +544,11 @@ def _from_files(
     return Dataset(name, tuple(classes), table[list(COLUMNS)], images, instances)
 
 
-def _all_of(errors: Sequence[Exception], n: int, most: int = 20) -> str:
-    """One message for the errors of several of `n` images."""
-    lines = [str(error) for error in errors[:most]]
-    lines += [f"... and {len(errors) - most} more"] if len(errors) > most else []
-    return f"{len(errors)} of {n} images cannot be used:\n" + "\n".join(lines)
+def unusable(errors: Sequence[Exception | str], n: int) -> ValueError:
+    """One error for those of several of `n` images."""
+    return ValueError(
+        f"{len(errors)} of {n} images cannot be used:\n" + "\n".join(map(str, errors))
+    )
 
 
 #: Unconnected parts for each number, above which a label map hardly holds glands.
