@@ -261,10 +261,10 @@ def outline(image: np.ndarray, mask: np.ndarray, *, colour: Sequence[float] = YE
     (H, W, 3) uint8 ndarray
         To be shown with :func:`image_grid`.
     """
-    out, width = image.copy(), max(1, round(max(image.shape[:2]) / 90))
-    out[binary_dilation(mask, iterations=max(1, width // 2)) & ~mask] = 20
-    out[mask & ~binary_erosion(mask, iterations=width)] = np.rint(255 * np.asarray(colour))
-    return out
+    width = max(1, round(max(image.shape[:2]) / 90))
+    line = mask & ~binary_erosion(mask, iterations=width)
+    rim = binary_dilation(mask, iterations=max(1, width // 2)) & ~mask
+    return _lined(image, line, rim, colour)
 
 
 def boundaries(
@@ -285,11 +285,19 @@ def boundaries(
     (H, W, 3) uint8 ndarray
         To be shown with :func:`image_grid`.
     """
-    out, width = image.copy(), max(1, round(max(image.shape[:2]) / 256))
+    width = max(1, round(max(image.shape[:2]) / 256))
     line = find_boundaries(labels, mode="inner")
     if width > 1:
         line = binary_dilation(line, iterations=width - 1)
-    out[binary_dilation(line, iterations=width)] = 20
+    return _lined(image, line, binary_dilation(line, iterations=width), colour)
+
+
+def _lined(
+    image: np.ndarray, line: np.ndarray, rim: np.ndarray, colour: Sequence[float]
+) -> np.ndarray:
+    """Paint a dark rim and a line on it."""
+    out = image.copy()
+    out[rim] = 20
     out[line] = np.rint(255 * np.asarray(colour))
     return out
 

@@ -230,8 +230,7 @@ def paired_bootstrap(
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}: choose one of {', '.join(METRICS)}")
-    if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")
+    _check_draws(n_boot, level)
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{len(names)} patient: resampling patients needs at least two")
@@ -283,8 +282,7 @@ def resampled(
     ValueError
         If there are fewer than two groups, or `n_boot` or `level` are out of range.
     """
-    if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")
+    _check_draws(n_boot, level)
     sizes = [len(each) for each in groups]
     names, index = np.unique(np.concatenate([np.asarray(g) for g in groups]), return_inverse=True)
     if len(names) < 2:
@@ -368,6 +366,11 @@ def _by_group(y, yhat, index: np.ndarray, n_groups: int, labels) -> np.ndarray:
     size = n_groups * n_classes**2
     counts = np.stack([np.bincount(row, minlength=size) for row in cell])
     return counts.reshape(len(yhat), n_groups, n_classes, n_classes)
+
+
+def _check_draws(n_boot: int, level: float) -> None:
+    if n_boot < 1 or not 0 < level < 1:
+        raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")
 
 
 def _draw(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:

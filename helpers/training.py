@@ -193,11 +193,11 @@ def average(paths: Sequence[Path], path: Path) -> None:
 OWN_LICENCE = "MIT, as the code of this repository"
 
 
-def model_card(
+def write_card(
     trainer: Trainer, path: Path, what: str, *, architecture: str, data: str, command: str,
     batch: str, score: str, licence: str = OWN_LICENCE, start: str | None = None,
-) -> str:  # fmt: skip
-    """Text of a model card, in Markdown.
+) -> None:  # fmt: skip
+    """Write the model card of weights beside them, in Markdown.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def model_card(
         "SHA-256": f"`{sha256(path)}`",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text is not None)
-    return f"""# {path.name}
+    text = f"""# {path.name}
 
 {what}
 
@@ -238,6 +238,8 @@ def model_card(
 
 The training curve is in `{path.with_suffix(".json").name}`.
 """
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def with_digest(card: str, path: Path) -> str:
