@@ -200,6 +200,16 @@ class Scenes:
                 return part[i]
             i -= len(part)
 
+    def spread(self, n: int) -> np.ndarray:
+        """At most `n` of the images, spread evenly.
+
+        Returns
+        -------
+        (min(n, N), H, W, 3) uint8 ndarray
+        """
+        pick = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
+        return np.stack([self[i] for i in pick])
+
     def refresh(self) -> None:
         """Take in shards that were written since."""
         if isinstance(self.source, np.ndarray):

@@ -3,7 +3,8 @@
 ``python -m helpers.train_latent autoencoder`` and ``python -m helpers.train_latent unet`` draw
 tissue with :mod:`helpers.phantom`, train, measure, and write ``data/weights/autoencoder.*`` and
 ``unet.*``: weights (fp16 safetensors), training curve (JSON) and model card.
-A run that was stopped goes on where it was; ``--images FOLDER`` trains on own images instead.
+A run that was stopped goes on where it was; ``--images FOLDER`` trains on own images instead, and
+``--held-out FOLDER`` measures on own images that the training does not see.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import copy
 import hashlib
 import pickle
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ from helpers.training import (
 
 _SECOND_ROUND = "## Second round of the decoder"
 _ADAMW = {"betas": (0.9, 0.99), "weight_decay": 1e-3}
+#: Latents that the noise network learns from own images are at least so many.
+_FEW = 1000
 
 
 def pixel_losses(out: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +121,9 @@ def _smoothed(x: torch.Tensor, side: int) -> torch.Tensor:
 class AutoencoderRecipe(Recipe):
     """Settings of the first stage; the defaults are those of the shipped weights.
 
-    ``images`` is a folder of own images, without which ``scenes`` are drawn; so it is in the other
-    two recipes.
+    ``images`` is a folder of own images, without which ``scenes`` are drawn; ``held_out`` is one of
+    images to measure on, without which these are phantoms; so it is in the other two recipes.
+    ``start`` is a folder of weights to go on from, or "small" for the shipped ones.
     """
 
     channels: tuple[int, ...] = (64, 128)
@@ -130,10 +135,12 @@ class AutoencoderRecipe(Recipe):
     scenes: int = 2000
     textures: float = 0.15
     images: str | None = None
+    held_out: str | None = None
     rate: float = 8e-4
     gradient: float = 0.5
     kl: float = 1e-4
     jitter: float = 0.5
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ class DecoderRecipe(Recipe):
     scenes: int = 3000
     textures: float = 0.15
     images: str | None = None
+    held_out: str | None = None
     rate: float = 5e-4
     judge_rate: float = 1e-4
     contrast: float = 4.0
@@ -177,6 +185,7 @@ class UNetRecipe(Recipe):
     scenes: int = 2000
     textures: float = 0.15
     images: str | None = None
+    held_out: str | None = None
     rate: float = 5e-4
     ema: float = 0.9995
     jitter: float = 0.15
@@ -186,6 +195,17 @@ class UNetRecipe(Recipe):
 
 
 # --- training -------------------------------------------------------------------------------------
+
+
+def _take_weights(network: nn.Module, given: nn.Module, recipe: Recipe) -> None:
+    """Load the weights of a network of the same architecture, or say what differs."""
+    try:
+        network.load_state_dict(given.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"start = {recipe.start!r} has another architecture than the recipe (channels = "
+            f"{recipe.channels}, layers = {recipe.layers}): make them equal, or train anew"
+        ) from error
 
 
 class AutoencoderTrainer(Trainer):
@@ -205,7 +225,12 @@ class AutoencoderTrainer(Trainer):
             "latent_channels": recipe.latent_channels,
             "image_patch": recipe.image_patch,
         }
-        super().__init__(recipe, build_autoencoder(**build), device, **_ADAMW)
+        autoencoder = build_autoencoder(**build)
+        if recipe.start:
+            small = recipe.start == "small"
+            path = AUTOENCODER_WEIGHTS if small else Path(recipe.start) / AUTOENCODER_WEIGHTS.name
+            _take_weights(autoencoder, load_autoencoder(path).autoencoder, recipe)
+        super().__init__(recipe, autoencoder, device, **_ADAMW)
         self.build, self.scenes, self.test = build, scenes, test
         self.shift, self.scale = 0.0, 1.0
 
@@ -230,11 +255,8 @@ class AutoencoderTrainer(Trainer):
         autoencoder = build_autoencoder(**self.build)
         autoencoder.load_state_dict(self.average)
         model = LatentDiffusion(autoencoder, image_patch=self.recipe.image_patch).to(self.device)
-        n = min(32, len(self.scenes))
-        pick = np.linspace(0, len(self.scenes) - 1, n).astype(int)
         with torch.no_grad():
-            pictures = np.stack([self.scenes[i] for i in pick])
-            z = model.encode(to_tensor(pictures, device=self.device))
+            z = model.encode(to_tensor(self.scenes.spread(32), device=self.device))
         self.shift, self.scale = float(z.mean()), float(1 / z.std())
         model.shift, model.scale = self.shift, self.scale
         return model
@@ -261,7 +283,7 @@ class AutoencoderTrainer(Trainer):
             f"(shift {self.shift:.4f}, scale {self.scale:.4f})",
             others=f"abstract textures ({r.textures:.0%})",
             batch=f"{r.batch} crops of {r.crop} px",
-            score=_score(self.last, 24),
+            score=_score(self),
         )  # fmt: skip
 
 
@@ -502,8 +524,7 @@ class UNetTrainer(Trainer):
         }
         unet = build_unet(**self.build)
         if recipe.start:
-            given = load_latent_diffusion(recipe.start).unet
-            unet.load_state_dict(given.state_dict())
+            _take_weights(unet, load_latent_diffusion(recipe.start).unet, recipe)
         super().__init__(recipe, unet, device, **_ADAMW)
         self.first_stage, self.z, self.test = first_stage.to(self.device), z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
@@ -569,7 +590,7 @@ class UNetTrainer(Trainer):
             others=f"abstract textures ({r.textures:.0%}, left out here); IHC drawn {r.ihc} times "
             "as often",
             batch=f"{r.batch} latents of 256 px images",
-            score=_score(self.last, 48),
+            score=_score(self),
         )  # fmt: skip
 
 
@@ -680,17 +701,20 @@ def _write_card(
     )  # fmt: skip
 
 
-def _score(last: dict[str, float], n: int) -> str:
-    """What was measured on `n` held-out phantoms at the end of a curve, for a model card."""
+def _score(trainer: Trainer) -> str:
+    """What was measured on held-out images at the end of a training, for its model card."""
     words = {
         "psnr": "PSNR {:.2f} dB",
         "ssim": "SSIM {:.3f}",
         "sharpness": "sharpness {:.2f} (mean absolute Laplacian over that of the image)",
         "held_out_loss": "denoising loss (v), times spread evenly, {:.4f}",
     }
+    last, folder = trainer.last, trainer.recipe.held_out
     found = ", ".join(word.format(last[key]) for key, word in words.items() if key in last)
-    on = f" on {n} phantoms of other seeds and patients, both sites, one in six IHC"
-    return found + on if found else "not measured"
+    if not found:
+        return "not measured"
+    phantoms = "phantoms of other seeds and patients, both sites, one in six IHC"
+    return f"{found} on {len(trainer.test)} {phantoms if folder is None else f'images of {folder}'}"
 
 
 def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
@@ -715,7 +739,7 @@ The digest above is that of the file as it is now.
 | seed | {r.seed} |
 | steps | {trainer.step} of {r.batch} crops of {r.crop} px, {trainer.seconds / 60:.0f} minutes \
 on {machine(trainer.device)} |
-| held-out score | {_score(trainer.last, 24)} |
+| held-out score | {_score(trainer)} |
 
 The training curve of this round is in `decoder.json`.
 """, encoding="utf-8")  # fmt: skip
@@ -767,7 +791,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=AUTOENCODER_WEIGHTS,
         help="first stage of the unet; the decoder goes on from the pair in its folder",
     )
-    parser.add_argument("--start", help='weights the unet goes on from, e.g. "small"')
+    parser.add_argument(
+        "--held-out",
+        help="measure on the images of this folder instead of phantoms",
+    )
+    parser.add_argument("--start", help='weights that autoencoder or unet go on from, e.g. "small"')
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--bf16", action="store_true", default=None, help="mixed precision")
@@ -777,6 +805,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--smoothed", type=float, help="share of latents that are denoised, decoder"
     )
     parser.add_argument("--sampled", type=float, help="share of latents that are sampled, decoder")
+    parser.add_argument(
+        "--views",
+        type=int,
+        help="times the unet sees each image, turned and stained anew; "
+        f"by default 2, or more where that is less than {_FEW} of own images",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     parser.add_argument("--minutes", type=float, help="stop by time, with the decay fitted to it")
     parser.add_argument("--seed", type=int, default=0)
@@ -800,11 +834,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
     names = {f.name for f in fields(kind)} & {
-        "steps", "minutes", "scenes", "images", "rate", "start", "bf16", "batch", "sampled",
-        "smoothed",
+        "steps", "minutes", "scenes", "images", "held_out", "rate", "start", "bf16", "batch",
+        "sampled", "smoothed", "views",
     }  # fmt: skip
     recipe = kind(seed=o.seed, **{k: v for k in names if (v := getattr(o, k)) is not None})
     folder = Path(o.images or o.work / "scenes")
+    _check_apart(folder, o.held_out)
     if o.images is None and not o.no_prepare:
         prepare(
             folder, recipe.scenes, seed=o.seed, textures=recipe.textures, workers=o.workers,
@@ -818,12 +853,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer: Trainer = _unet_trainer(o, recipe, scenes, folder, say)
     elif o.what == "decoder":
         pair = load_latent_diffusion(o.autoencoder.parent)
-        trainer = DecoderTrainer(recipe, pair, scenes, test=held_out(), device=o.device)
+        trainer = DecoderTrainer(recipe, pair, scenes, test=_test(o, 24), device=o.device)
     else:
-        trainer = AutoencoderTrainer(recipe, scenes, test=held_out(), device=o.device)
+        trainer = AutoencoderTrainer(recipe, scenes, test=_test(o, 24), device=o.device)
     trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
+    card = o.autoencoder.with_suffix(".md")
+    if o.what == "decoder" and card.exists() and card != path.with_suffix(".md"):
+        shutil.copyfile(card, path.with_suffix(".md"))  # export adds to the card of the first stage
     words = ["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])]
     trainer.export(path, shlex.join(words))
+
+
+def _check_apart(images: Path, held_out: str | None) -> None:
+    """Refuse folders of which one lies in the other: both are searched through."""
+    if held_out is None:
+        return
+    a, b = images.resolve(), Path(held_out).resolve()
+    if a.is_relative_to(b) or b.is_relative_to(a):
+        raise ValueError(
+            f"held-out images in {held_out} are among those to train on, in {images}: "
+            "put them into two folders beside each other"
+        )
+
+
+def _test(o: argparse.Namespace, n: int) -> np.ndarray:
+    """Images to measure on: `n` phantoms, or at most `n` fields of a folder."""
+    return held_out(n) if o.held_out is None else Scenes(Path(o.held_out)).spread(n)
 
 
 def _unet_trainer(
@@ -836,7 +891,9 @@ def _unet_trainer(
     times = None
     if not o.images:
         times = drawing_weights(len(scenes), **drawn_with(folder), ihc=recipe.ihc)
-    test = encode_scenes(first_stage, Scenes(held_out(48))).float()
+    elif o.views is None:
+        recipe = replace(recipe, views=max(recipe.views, -(-_FEW // len(scenes))))
+    test = encode_scenes(first_stage, Scenes(_test(o, 48))).float()
     z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
     z = z if times is None else repeated(z, times)
     return UNetTrainer(recipe, first_stage, z, test=test, device=o.device)

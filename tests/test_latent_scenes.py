@@ -151,6 +151,13 @@ def test_own_images_that_would_be_read_otherwise_than_they_look_are_refused(tmp_
             Scenes(tmp_path / name)
 
 
+@pytest.mark.parametrize("n", [1, 3, 5, 9])
+def test_images_are_spread_evenly(n):
+    images = np.arange(5, dtype=np.uint8).repeat(48).reshape(5, 4, 4, 3)
+    found = Scenes(images).spread(n)[:, 0, 0, 0]
+    assert found.tolist() == {1: [0], 3: [0, 2, 4]}.get(n, [0, 1, 2, 3, 4])
+
+
 def test_stain_jitter_keeps_structure_and_range():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(4, 3, 16, 12, generator=generator) * 2 - 1

@@ -351,7 +351,7 @@ def test_a_card_says_what_was_measured_and_on_what(images, tmp_path):
     scenes, card = Scenes(images), path.with_suffix(".md")
 
     def finished():
-        AutoencoderTrainer(AE, scenes).run(
+        AutoencoderTrainer(AE, scenes, test=images[:3]).run(
             checkpoint=checkpoint, log=None, export=lambda t: t.export(path, "command")
         )
         return card.read_text()
@@ -363,7 +363,7 @@ def test_a_card_says_what_was_measured_and_on_what(images, tmp_path):
     assert "| held-out score | not measured |" in finished() and "0.00 dB" not in card.read_text()
     trainer.curve = [{"step": 4, "psnr": 21.5, "ssim": 0.75}]
     trainer.save(checkpoint)
-    assert "| held-out score | PSNR 21.50 dB, SSIM 0.750 on 24 phantoms" in finished()
+    assert "| held-out score | PSNR 21.50 dB, SSIM 0.750 on 3 phantoms" in finished()
     assert f"minutes on {machine('cpu')} |" in card.read_text()
 
 
@@ -445,6 +445,68 @@ def test_command_line_refuses_scenes_and_checkpoints_of_other_settings(small, im
     assert "6 scenes drawn" in (tmp_path / "new.md").read_text()
 
 
+@pytest.fixture
+def folders(images, tmp_path):
+    """Own images to train on (four) and to measure on (two), and options for a short training."""
+    for i, image in enumerate(images):
+        folder = tmp_path / ("own" if i < 4 else "unseen")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return ["--work", str(tmp_path), "--images", str(tmp_path / "own"), "--steps", "1",
+            "--held-out", str(tmp_path / "unseen"), "--threads", "1"]  # fmt: skip
+
+
+def test_own_images_are_held_out_and_named_in_the_card(folders, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_latent, "held_out", mock.Mock(side_effect=AssertionError))
+    first = tmp_path / "autoencoder.safetensors"
+    main(["autoencoder", *folders, "--weights", str(first)])
+    scored = score_autoencoder(load_autoencoder(first), Scenes(tmp_path / "unseen").spread(9))
+    text = first.with_suffix(".md").read_text()
+    assert f"SSIM {scored['ssim']:.3f}" in text and f" on 2 images of {tmp_path / 'unseen'}" in text
+    assert json.loads(first.with_suffix(".json").read_text())["recipe"]["held_out"]
+
+    z = torch.zeros(2, 4, 16, 16)
+    UNetTrainer(UNET, load_autoencoder(first), z).export(tmp_path / "unet.safetensors", "command")
+    sharper = tmp_path / "new" / "autoencoder.safetensors"
+    sharper.parent.mkdir()
+    share = ["--smoothed", "0", "--sampled", "0"]
+    main(["decoder", *folders, *share, "--autoencoder", str(first), "--weights", str(sharper)])
+    added = sharper.with_suffix(".md").read_text()
+    assert added.startswith(text.split("| SHA-256")[0]) and "Second round" in added
+    assert hashlib.sha256(sharper.read_bytes()).hexdigest() in added
+
+
+@pytest.mark.parametrize("inside", ["own", "own/part", "."])
+def test_held_out_images_must_not_be_trained_on(folders, tmp_path, inside):
+    (tmp_path / "own" / "part").mkdir()
+    with pytest.raises(ValueError, match=r"held-out images in .* are among those to train on"):
+        main(["autoencoder", *folders, "--held-out", str(tmp_path / inside)])
+
+
+def test_few_own_images_are_seen_in_many_views(folders, pair, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_latent, "load_autoencoder", lambda *_, **__: pair)
+    monkeypatch.setattr(train_latent, "encode_scenes", mock.Mock())
+    monkeypatch.setattr(train_latent, "sha256", lambda path: "")
+    monkeypatch.setattr(train_latent, "_cached_latents", lambda *given: seen.append(given[4].views))
+    monkeypatch.setattr(train_latent, "UNetTrainer", mock.Mock())
+    for options in ([], ["--views", "3"]):
+        main(["unet", *folders, *options])
+    assert seen == [250, 3]  # of four images, of which 1000 latents are wanted
+
+
+def test_autoencoder_goes_on_from_weights_of_its_architecture(images, tmp_path):
+    AutoencoderTrainer(AE, Scenes(images)).run(log=None).export(
+        tmp_path / "autoencoder.safetensors", "command"
+    )
+    goes_on = AutoencoderTrainer(replace(AE, start=str(tmp_path), seed=5), Scenes(images))
+    before = load_autoencoder(tmp_path / "autoencoder.safetensors").autoencoder.state_dict()
+    for key, value in goes_on.model.state_dict().items():
+        torch.testing.assert_close(value, before[key].float(), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"start = '.*' has another architecture .*\(8, 32\)"):
+        AutoencoderTrainer(replace(AE, start=str(tmp_path), channels=(8, 32)), Scenes(images))
+
+
 def test_command_line_trains_on_a_folder(images, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -457,7 +519,7 @@ def test_command_line_trains_on_a_folder(images, tmp_path, monkeypatch, capsys):
     )
     train_latent.main(
         ["unet", *arguments, "--weights", str(tmp_path / "unet.safetensors"),
-         "--autoencoder", str(tmp_path / "autoencoder.safetensors")]
+         "--autoencoder", str(tmp_path / "autoencoder.safetensors"), "--views", "2"]
     )  # fmt: skip
     assert (tmp_path / "unet.safetensors").exists()
     train_latent.main(
