@@ -337,6 +337,13 @@ class Prompted:
         mask[y0:y1, x0:x1] = self.proposals.full(i)
         return mask
 
+    def probability(self, i: int) -> np.ndarray:
+        """(H, W) float32 ndarray: how sure the network is of each pixel of mask `i`, 0 to 1."""
+        x0, y0, x1, y1 = self.box
+        found = np.zeros(self.size, np.float32)
+        found[y0:y1, x0:x1] = self.proposals.scaled(i).sigmoid().cpu().numpy()
+        return found
+
 
 def prompt(
     sam: Sam,
@@ -661,10 +668,11 @@ def anchors(
     iou_duplicate: float = 0.9,
     pred_iou_thresh: float = 0.3,
     iou_merge: float = 0.5,
+    iou_vote: float = 0.7,
     min_area: float = 0.002,
     max_area: float = 0.9,
 ) -> Segmentation:
-    """Turn proposals into segments: an anchor a superpixel, checked, without duplicates.
+    """Turn proposals into segments: an anchor a superpixel, checked, duplicates made one.
 
     Parameters
     ----------
@@ -680,6 +688,9 @@ def anchors(
     iou_merge : float
         Anchors that overlap by at least this IoU are one segment, the one of highest predicted
         IoU.
+    iou_vote : float
+        The outline of a segment is where the mean probability of all anchors that overlap it by at
+        least this IoU is one half, its own among them; at 1 it keeps its own outline.
     min_area, max_area : float
         Segments outside these shares of the image are dropped and counted.
 
@@ -696,8 +707,9 @@ def anchors(
         raise ValueError(
             f"min_area = {min_area} and max_area = {max_area}; need 0 <= min < max <= 1."
         )
-    if not 0 < iou_merge <= 1:
-        raise ValueError(f"iou_merge = {iou_merge}; it must lie in (0, 1].")
+    for name, value in {"iou_merge": iou_merge, "iou_vote": iou_vote}.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} = {value}; it must lie in (0, 1].")
     if not 0 <= pred_iou_thresh <= 1:
         raise ValueError(f"pred_iou_thresh = {pred_iou_thresh}; it must lie in [0, 1].")
     found = _candidates(
@@ -715,10 +727,12 @@ def anchors(
         dropped[reason] = int((keep & bad).sum())
         keep &= ~bad
     rows = np.flatnonzero(keep)
-    rows = rows[deduplicate(found["masks"][rows], iou[rows], iou_merge)]
-    dropped["duplicate"] = int(keep.sum()) - len(rows)
-    masks = np.array([prompted[found["crop"][i]].full(index[i]) for i in rows], bool)
-    masks = masks.reshape(-1, *prompted[0].size)
+    low = found["masks"][rows]
+    kept = deduplicate(low, iou[rows], iou_merge)
+    dropped["duplicate"] = len(rows) - len(kept)
+    agree = iou_matrix(low[kept], low) >= iou_vote
+    masks = [_voted([(prompted[found["crop"][i]], index[i]) for i in rows[a]]) for a in agree]
+    masks, rows = np.array(masks, bool).reshape(-1, *prompted[0].size), rows[kept]
     filled = masks.any((1, 2))  # a speck may vanish where the image is smaller than its masks
     dropped["small"] += int((~filled).sum())
     masks, rows = masks[filled], rows[filled]
@@ -731,6 +745,14 @@ def anchors(
         n_superpixels=len(index),
         n_dropped=dropped,
     )
+
+
+def _voted(anchors: Sequence[tuple[Prompted, int]]) -> np.ndarray:
+    """Where the mean probability of anchors, each a crop and its proposal, is above one half."""
+    if len(anchors) == 1:
+        crop, i = anchors[0]
+        return crop.full(i)
+    return np.mean([crop.probability(i) for crop, i in anchors], axis=0) > 0.5
 
 
 def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndarray]:
@@ -771,7 +793,7 @@ def segment(sam: Sam, image: np.ndarray, *, rng: np.random.Generator, **settings
     **settings
         Of :func:`prompt` (n_segments, n_points, crop_n_layers, explained_iou, compactness, sigma,
         points_per_batch, mask_choice, dtype, early_stop) and :func:`anchors` (distance_threshold,
-        linkage, iou_duplicate, pred_iou_thresh, iou_merge, min_area, max_area).
+        linkage, iou_duplicate, pred_iou_thresh, iou_merge, iou_vote, min_area, max_area).
 
     Returns
     -------

@@ -162,15 +162,16 @@ def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarr
     n : int
         Masks returned; fewer if there are fewer.
     **settings
-        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors. No
-        predicted IoU is too low, since the `n` best are taken.
+        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors, but
+        each mask keeps its own outline. No predicted IoU is too low, since the `n` best are taken.
 
     Returns
     -------
     (m, H, W) bool ndarray
     """
     _check_count(n)
-    found = anchors(take(prompted, slice(1)), **{**settings, "pred_iou_thresh": 0.0})
+    alone = {"pred_iou_thresh": 0.0, "iou_vote": 1.0}
+    found = anchors(take(prompted, slice(1)), **{**settings, **alone})
     return found.masks[np.argsort(-found.scores, kind="stable")[:n]]
 
 

@@ -183,6 +183,9 @@ class AnchorClustering(WithDevice):
     iou_duplicate: Annotated[Overlap, Field(description="IoU from which two masks are the same")]
     pred_iou_thresh: Annotated[Fraction, Field(description="smallest predicted IoU of a segment")]
     iou_merge: Annotated[Overlap, Field(description="IoU from which two anchors are one segment")]
+    iou_vote: Annotated[
+        Overlap, Field(description="IoU from which an anchor has a say in the outline of a segment")
+    ]
     min_area: Annotated[
         float, Field(ge=0, lt=0.9, description="smallest segment, fraction of the image")
     ]
@@ -200,7 +203,7 @@ class AnchorClustering(WithDevice):
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of :func:`helpers.anchors.anchors`."""
-        names = ("pred_iou_thresh", "iou_merge", "min_area")
+        names = ("pred_iou_thresh", "iou_merge", "iou_vote", "min_area")
         return self.clustering | {name: getattr(self, name) for name in names}
 
 

@@ -498,6 +498,10 @@ class Proposals:
 
     def full(self, i: int) -> np.ndarray:
         """(H, W) bool ndarray: mask `i` at the size of the image, as ``SamPredictor`` scales it."""
+        return (self.scaled(i) > 0).cpu().numpy()
+
+    def scaled(self, i: int) -> torch.Tensor:
+        """(H, W) float tensor: logits of mask `i` at the size of the image."""
         x = F.interpolate(
             self.padded[i][None, None].float(),
             (self.image_size, self.image_size),
@@ -505,8 +509,7 @@ class Proposals:
             align_corners=False,
         )
         x = x[..., : self.input_size[0], : self.input_size[1]]
-        x = F.interpolate(x, self.original_size, mode="bilinear", align_corners=False)
-        return (x[0, 0] > 0).cpu().numpy()
+        return F.interpolate(x, self.original_size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def _region(side: int, input_size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -455,7 +455,7 @@ def test_sizes_and_duplicates_judged_at_low_resolution_are_those_of_the_image(sm
     masks = np.stack([prompted.proposals.full(i) for i in index])
     sized = np.flatnonzero((masks.mean((1, 2)) >= 0.02) & (masks.mean((1, 2)) <= 0.5))
     kept = sized[deduplicate(masks[sized], prompted.proposals.iou[index[sized]], 0.5)]
-    found = anchors([prompted], min_area=0.02, max_area=0.5, pred_iou_thresh=0)
+    found = anchors([prompted], min_area=0.02, max_area=0.5, pred_iou_thresh=0, iou_vote=1)
     assert found.superpixel.tolist() == kept.tolist() and len(kept) > 3
     np.testing.assert_array_equal(found.masks, masks[kept])
 
@@ -537,6 +537,14 @@ def test_only_sure_anchors_explain_what_a_crop_would_ask(random_sam, monkeypatch
     assert sum(len(crop.points) for crop in crops[1:]) == whole - 4
 
 
+def _seen_whole(masks, iou):
+    """Prompted superpixels of an image of 32 x 64, with one mask each, as large as the image."""
+    padded = torch.full((len(masks), 64, 64), -1.0)  # as the network sees them
+    padded[:, :32][torch.from_numpy(masks)] = 1
+    proposals = Proposals(padded, np.array(iou, np.float32), (32, 64), (32, 64), 64)
+    return replace(_crop_of(masks, 1), proposals=proposals)
+
+
 def test_what_is_dropped_is_counted_once_by_its_first_reason():
     """Seven superpixels of one prompt each; what lies on a limit stays."""
     masks = np.zeros((7, 32, 64), bool)
@@ -547,14 +555,8 @@ def test_what_is_dropped_is_counted_once_by_its_first_reason():
     masks[6, 16:, 20:] = masks[6, 15, 24:] = True
     iou = np.array([0.5, 0.75, 0.9, 0.125, 0.9, 0.9, 0.25], np.float32)
 
-    def asked(masks, iou):
-        padded = torch.full((len(masks), 64, 64), -1.0)  # as the network sees them
-        padded[:, :32][torch.from_numpy(masks)] = 1
-        proposals = Proposals(padded, iou, (32, 64), (32, 64), 64)
-        return [replace(_crop_of(masks, 1), proposals=proposals)]
-
-    settings = {"pred_iou_thresh": 0.25, "min_area": 1 / 16, "max_area": 1 / 2, "iou_merge": 0.5}
-    found = anchors(asked(masks, iou), **settings)
+    settings = {"pred_iou_thresh": 0.25, "min_area": 1 / 16, "max_area": 1 / 2, "iou_vote": 1.0}
+    found = anchors([_seen_whole(masks, iou)], **settings)
     assert found.superpixel.tolist() == [1, 6] and found.scores.tolist() == [0.75, 0.25]
     np.testing.assert_array_equal(found.masks, masks[[1, 6]])
     dropped = {"empty": 1, "unsure": 1, "small": 1, "large": 1, "duplicate": 1}
@@ -562,7 +564,29 @@ def test_what_is_dropped_is_counted_once_by_its_first_reason():
     ends = masks[[4, 5]]
     ends[0, 20, 32:36] = True  # a sixteenth of the image, and half of it
     ends[1, :, 32] = False
-    assert len(anchors(asked(ends, iou[:2]), **settings)) == 2
+    assert len(anchors([_seen_whole(ends, iou[:2])], **settings)) == 2
+
+
+def test_the_outline_of_a_segment_is_that_of_most_anchors_that_overlap_it():
+    """Discs of one prompt each, by hand: which of them have a say, and what they say."""
+    radii = np.array([10, 11, 12, 6, 10])
+    masks = np.stack([_disc((32, 64), (16 + 32 * (i == 4), 16), r) for i, r in enumerate(radii)])
+    crop = _seen_whole(masks, [0.6, 0.9, 0.7, 0.5, 0.4])
+    overlap = iou_matrix(masks)[1]
+    assert overlap[0] > 0.7 and overlap[2] > 0.7 and 0.25 < overlap[3] < 0.5
+    settings = {"iou_merge": 0.25, "min_area": 0.0}
+    for iou, outline in ((1.0, 1), (0.7, 1), (0.25, 0)):  # with the smallest disc there is a tie
+        found = anchors([crop], iou_vote=iou, **settings)
+        assert found.superpixel.tolist() == [1, 4] and found.scores.tolist() == [
+            pytest.approx(0.9),
+            pytest.approx(0.4),
+        ]
+        np.testing.assert_array_equal(found.masks, masks[[outline, 4]])
+    crop.proposals.padded[2, :32][masks[2]] = 9.0  # one that is sure outvotes two that are not
+    found = anchors([crop], iou_vote=0.7, **settings)
+    np.testing.assert_array_equal(found.masks, masks[[2, 4]])
+    with pytest.raises(ValueError, match=r"iou_vote = 0; it must lie in \(0, 1\]"):
+        anchors([crop], iou_vote=0)
 
 
 def test_a_speck_that_a_small_image_cannot_show_is_small():

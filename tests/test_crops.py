@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
+from torch.nn import functional as F
 
 from helpers import phantom
-from helpers.anchors import anchors, best_iou, identity_vectors, iou_matrix, prompt, segment
+from helpers.anchors import (
+    anchors,
+    best_iou,
+    choose_anchors,
+    identity_vectors,
+    iou_matrix,
+    prompt,
+    segment,
+)
 from helpers.crops import (
     crop_boxes,
     explained,
@@ -175,7 +184,7 @@ def test_anchors_of_crops_are_those_of_the_literal_form(small, image):
         small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3, mask_choice="best",
         explained_iou=1,
     )  # fmt: skip
-    found = anchors(crops, pred_iou_thresh=0, min_area=0.0, iou_merge=1.0)
+    found = anchors(crops, pred_iou_thresh=0, min_area=0.0, iou_merge=1.0, iou_vote=1.0)
     literal, predictor = [], SamPredictor(small)
     for crop in crops:
         x0, y0, x1, y1 = crop.box
@@ -209,6 +218,39 @@ def test_anchors_of_crops_are_those_of_the_literal_form(small, image):
     assert len(same) > 15 and sum(same) >= 0.95 * len(same)
     vectors = identity_vectors(found.masks, SIZE)
     assert np.isfinite(vectors).all()
+
+
+def test_outlines_voted_for_across_crops_are_those_of_the_literal_form(small, image):
+    """Probabilities of whole images pixel by pixel, the vote of each segment in loops."""
+    crops = prompt(small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3)
+    settings = {"pred_iou_thresh": 0.2, "min_area": 0.0}
+    own, voted = (anchors(crops, iou_vote=iou, **settings) for iou in (1.0, 0.6))
+    np.testing.assert_array_equal(own.superpixel, voted.superpixel)
+    where = [(crop, i) for crop in crops for i in choose_anchors(crop.proposals, len(crop.points))]
+    raster, low, sure = crops[0].proposals.logits.shape[-2:], {}, {}
+    for row, (crop, i) in enumerate(where):
+        (x0, y0, x1, y1), logits = crop.box, crop.proposals.logits[[i]]
+        share = (logits > 0).float().mean() * (x1 - x0) * (y1 - y0) / (SIZE[0] * SIZE[1])
+        if i < 0 or crop.proposals.iou[i] < 0.2 or not 0 <= share <= 0.9:
+            continue
+        low[row] = resample(logits, crop.box, SIZE, raster)[0].numpy()
+        scaled = F.interpolate(
+            crop.proposals.padded[[i]][None], (256, 256), mode="bilinear", align_corners=False
+        )
+        h, w = crop.proposals.input_size
+        scaled = F.interpolate(
+            scaled[..., :h, :w], (y1 - y0, x1 - x0), mode="bilinear", align_corners=False
+        )
+        sure[row] = np.zeros(SIZE)
+        sure[row][y0:y1, x0:x1] = 1 / (1 + np.exp(-scaled[0, 0].double().numpy()))
+    changed = 0
+    for row, mask, before in zip(voted.superpixel, voted.masks, own.masks, strict=True):
+        say = [r for r in low if (low[r] & low[row]).sum() >= 0.6 * (low[r] | low[row]).sum()]
+        mean = sum(sure[r] for r in say) / len(say)
+        clear = np.abs(mean - 0.5) > 1e-6
+        np.testing.assert_array_equal(mask[clear], (mean > 0.5)[clear])
+        changed += len(say) > 1 and (mask != before).any()
+    assert changed > 3
 
 
 def test_crops_find_small_glands_that_the_whole_image_misses(small):

@@ -31,6 +31,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     n, n_superpixels = max(1, len(masks)), sum(len(crop.points) for crop in asked)
     n_prompts = sum(len(crop.proposals) for crop in asked)
     yield "anchors", masks
+    yield "  own outlines", anchors.anchors(asked, iou_vote=1).masks
     yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
     yield "  every superpixel asked", anchors.anchors(prompted(explained_iou=1)).masks
     yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
@@ -38,7 +39,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     whole = prompted(crop_n_layers=0, n_segments=most)
     yield "  no crops, as many prompts", anchors.anchors(whole).masks
     paper = prompted(crop_n_layers=0, n_segments=30, n_points=15)
-    yield "  no crops, 30 x 15 prompts", anchors.anchors(paper, pred_iou_thresh=0).masks
+    yield "  no crops, 30 x 15 prompts", anchors.anchors(paper, pred_iou_thresh=0, iou_vote=1).masks
     yield "single prompts", baselines.single_prompts(asked, n)
     for name, layers in {"automatic masks": 2, "  no crops, automatic": 0}.items():
         found = baselines.automatic(model, image, n, n_prompts=n_prompts, crop_n_layers=layers)
