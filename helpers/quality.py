@@ -255,6 +255,43 @@ def stratified(
     return rng.permutation(np.concatenate(rows))
 
 
+def with_unrelated(
+    origins: Sequence[Collection[str]], classes: Sequence[str], *, least: float = 1.0
+) -> list[str]:
+    """Classes whose samples have others of the class to be compared with.
+
+    A synthetic image shows its target and its sources, and where a class has few images, all of its
+    synthetic ones may have one in common; then :func:`mmd2` has no pair to take a mean of.
+
+    Parameters
+    ----------
+    origins : sequence of n collections of str
+        Images that each sample shows.
+    classes : sequence of n str
+    least : float
+        Samples of its class that share no image with a sample, at least, on average.
+
+    Returns
+    -------
+    list of str
+        In order of their first sample.
+    """
+    if len(origins) != len(classes):
+        raise ValueError(
+            f"origins of {len(origins)} samples and classes of {len(classes)}: "
+            "give those of every sample"
+        )
+    shows, classes = _shows(origins), np.asarray(classes)
+    apart = (shows @ shows.T).toarray() == 0
+    np.fill_diagonal(apart, False)
+    found = []
+    for name in dict.fromkeys(classes.tolist()):
+        own = classes == name
+        if apart[np.ix_(own, own)].sum(1).mean() >= least:
+            found.append(name)
+    return found
+
+
 def kid_difference(
     x: np.ndarray,
     a: np.ndarray,

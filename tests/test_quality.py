@@ -525,6 +525,26 @@ def test_the_difference_of_two_distances(features, with_origins):
     assert np.isnan(difference(np.eye(len(a))[0]))  # one image, and no pair of two
 
 
+def test_classes_whose_samples_all_share_an_image_are_not_compared():
+    """Against loops over pairs; only within the classes, and on average over their samples."""
+    origins = [{"a", "b"}, {"b", "c"}, {"c", "a"}, {"d"}, {"e"}, {"d", "a"}, {"f"}]
+    classes = ["few", "few", "few", "some", "some", "some", "alone"]
+    partners = {name: [] for name in classes}
+    for i, (own, name) in enumerate(zip(origins, classes, strict=True)):
+        others = [j for j, c in enumerate(classes) if c == name and j != i]
+        partners[name].append(sum(not own & origins[j] for j in others))
+    assert partners == {"few": [0, 0, 0], "some": [1, 2, 1], "alone": [0]}
+    assert quality.with_unrelated(origins, classes) == ["some"]
+    assert quality.with_unrelated(origins, classes, least=4 / 3) == ["some"]
+    assert quality.with_unrelated(origins, classes, least=1.4) == []
+    assert quality.with_unrelated(origins, classes, least=0) == ["few", "some", "alone"]
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    with pytest.raises(ValueError, match="every pair of samples shares an image"):
+        quality.mmd2(x, x[:6], origins=(origins, origins[:6]), classes=(classes, classes[:6]))
+    with pytest.raises(ValueError, match="origins of 7 samples and classes of 6"):
+        quality.with_unrelated(origins, classes[:6])
+
+
 def test_two_versions_have_to_be_of_the_same_images(features):
     x, a = features
     with pytest.raises(ValueError, match=r"a has shape \(31, 7\) but b \(30, 7\)"):
