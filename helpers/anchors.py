@@ -337,11 +337,11 @@ class Prompted:
         mask[y0:y1, x0:x1] = self.proposals.full(i)
         return mask
 
-    def probability(self, i: int) -> np.ndarray:
-        """(H, W) float32 ndarray: how sure the network is of each pixel of mask `i`, 0 to 1."""
+    def probability(self, i: int) -> torch.Tensor:
+        """(H, W) float tensor: how sure the network is of each pixel of mask `i`, 0 to 1."""
         x0, y0, x1, y1 = self.box
-        found = np.zeros(self.size, np.float32)
-        found[y0:y1, x0:x1] = self.proposals.scaled(i).sigmoid().cpu().numpy()
+        found = self.proposals.padded.new_zeros(self.size, dtype=torch.float32)
+        found[y0:y1, x0:x1] = self.proposals.scaled(i).sigmoid()
         return found
 
 
@@ -752,7 +752,8 @@ def _voted(anchors: Sequence[tuple[Prompted, int]]) -> np.ndarray:
     if len(anchors) == 1:
         crop, i = anchors[0]
         return crop.full(i)
-    return np.mean([crop.probability(i) for crop, i in anchors], axis=0) > 0.5
+    total = sum(crop.probability(i) for crop, i in anchors)
+    return (total > len(anchors) / 2).cpu().numpy()
 
 
 def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndarray]:
