@@ -355,19 +355,18 @@ def changes(
     """Change of kernel distance and detection from one version to another, with intervals."""
     crops_of = [c.image_id for c, _ in places(made)]
     distance, a, b = farther(after.crops, before.crops, made), after.detection, before.detection
-    found = {
-        "KID": statistics.resampled(
-            lambda w: 1000 * distance(w), crops_of, rng=np.random.default_rng(1)
-        ),
-        "detected": statistics.resampled(
-            lambda w, v: a.auc(w) - b.auc(v), a.groups, b.groups, rng=np.random.default_rng(1)
-        ),
-    }
-    digits = {"KID": 1, "detected": 3}
     return {
-        f"{name} gained": f"{v:+.{digits[name]}f} ({low:.{digits[name]}f} to {high:.{digits[name]}f})"
-        for name, (v, low, high) in found.items()
+        "KID gained": _with_interval(lambda w: 1000 * distance(w), crops_of, digits=1),
+        "detected gained": _with_interval(
+            lambda w, v: a.auc(w) - b.auc(v), a.groups, b.groups, digits=3
+        ),
     }
+
+
+def _with_interval(change: Callable[..., float], *groups, digits: int) -> str:
+    found = statistics.resampled(change, *groups, rng=np.random.default_rng(1))
+    value, low, high = (f"{v:+.{digits}f}" for v in found)
+    return f"{value} ({low} to {high})"
 
 
 def main(argv: list[str] | None = None) -> None:
