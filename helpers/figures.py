@@ -541,7 +541,8 @@ def sweeps(
     Figure
     """
     panels = list(values.items())
-    rows = [panels[i : i + _PANELS] for i in range(0, len(panels), _PANELS)]
+    parts = np.array_split(range(len(panels)), -(-len(panels) // _PANELS))
+    rows = [[panels[i] for i in part] for part in parts]  # about as many in each
     figure = plt.figure(figsize=(WIDTH, 2.6 * len(rows)))
     plt.close(figure)
     for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):

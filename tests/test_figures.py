@@ -163,7 +163,7 @@ def test_sweeps_mark_the_chosen_dot_and_share_one_axis():
         (band,) = axis.patches
         assert band.get_y() == pytest.approx(row["b"] - 0.01)
         assert band.get_height() == pytest.approx(0.02)
-    assert len(figure.subfigs) == 2
+    assert [len(part.axes) for part in figure.subfigs] == [3, 3]
     unknown = figures.sweeps({"x": {"a": -0.2, "b": 0.3}}, chosen={"x": "c"}, ylabel="value")
     assert unknown.axes[0].get_ylim()[0] < -0.2 and not unknown.axes[0].patches
 
