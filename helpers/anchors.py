@@ -690,7 +690,7 @@ def anchors(
         IoU.
     iou_vote : float
         The outline of a segment is where the mean probability of all anchors that overlap it by at
-        least this IoU is one half, its own among them; at 1 it keeps its own outline.
+        least this IoU is one half, its own among them. At 1 only equal ones have a say.
     min_area, max_area : float
         Segments outside these shares of the image are dropped and counted.
 

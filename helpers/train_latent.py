@@ -833,11 +833,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
-    names = {f.name for f in fields(kind)} & {
+    names = (
         "steps", "minutes", "scenes", "images", "held_out", "rate", "start", "bf16", "batch",
         "sampled", "smoothed", "views",
-    }  # fmt: skip
-    recipe = kind(seed=o.seed, **{k: v for k in names if (v := getattr(o, k)) is not None})
+    )  # fmt: skip
+    given = {k: v for k in names if (v := getattr(o, k)) is not None}
+    if strange := sorted(given.keys() - {f.name for f in fields(kind)}):
+        options = ", ".join(f"--{name}" for name in strange)
+        raise ValueError(f"{options}: no setting of the {o.what}, leave it out")
+    recipe = kind(seed=o.seed, **given)
     folder = Path(o.images or o.work / "scenes")
     _check_apart(folder, o.held_out)
     if o.images is None and not o.no_prepare:
@@ -853,9 +857,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer: Trainer = _unet_trainer(o, recipe, scenes, folder, say)
     elif o.what == "decoder":
         pair = load_latent_diffusion(o.autoencoder.parent)
-        trainer = DecoderTrainer(recipe, pair, scenes, test=_test(o, 24), device=o.device)
+        trainer = DecoderTrainer(
+            recipe, pair, scenes, test=_images_to_measure(o, 24), device=o.device
+        )
     else:
-        trainer = AutoencoderTrainer(recipe, scenes, test=_test(o, 24), device=o.device)
+        trainer = AutoencoderTrainer(
+            recipe, scenes, test=_images_to_measure(o, 24), device=o.device
+        )
     trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
     card = o.autoencoder.with_suffix(".md")
     if o.what == "decoder" and card.exists() and card != path.with_suffix(".md"):
@@ -876,7 +884,7 @@ def _check_apart(images: Path, held_out: str | None) -> None:
         )
 
 
-def _test(o: argparse.Namespace, n: int) -> np.ndarray:
+def _images_to_measure(o: argparse.Namespace, n: int) -> np.ndarray:
     """Images to measure on: `n` phantoms, or at most `n` fields of a folder."""
     return held_out(n) if o.held_out is None else Scenes(Path(o.held_out)).spread(n)
 
@@ -893,7 +901,7 @@ def _unet_trainer(
         times = drawing_weights(len(scenes), **drawn_with(folder), ihc=recipe.ihc)
     elif o.views is None:
         recipe = replace(recipe, views=max(recipe.views, -(-_FEW // len(scenes))))
-    test = encode_scenes(first_stage, Scenes(_test(o, 48))).float()
+    test = encode_scenes(first_stage, Scenes(_images_to_measure(o, 48))).float()
     z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
     z = z if times is None else repeated(z, times)
     return UNetTrainer(recipe, first_stage, z, test=test, device=o.device)

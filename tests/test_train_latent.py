@@ -483,6 +483,11 @@ def test_held_out_images_must_not_be_trained_on(folders, tmp_path, inside):
         main(["autoencoder", *folders, "--held-out", str(tmp_path / inside)])
 
 
+def test_command_line_refuses_settings_of_another_network(folders):
+    with pytest.raises(ValueError, match="--start, --views: no setting of the decoder"):
+        main(["decoder", *folders, "--views", "3", "--start", "small"])
+
+
 def test_few_own_images_are_seen_in_many_views(folders, pair, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_latent, "load_autoencoder", lambda *_, **__: pair)
