@@ -282,12 +282,10 @@ def with_unrelated(
             "give those of every sample"
         )
     shows, classes = _shows(origins), np.asarray(classes)
-    apart = (shows @ shows.T).toarray() == 0
-    np.fill_diagonal(apart, False)
     found = []
     for name in dict.fromkeys(classes.tolist()):
-        own = classes == name
-        if apart[np.ix_(own, own)].sum(1).mean() >= least:
+        own = np.flatnonzero(classes == name)
+        if _unrelated(shows, own, own).sum(1).mean() >= least:
             found.append(name)
     return found
 
@@ -329,7 +327,7 @@ def kid_difference(
     samples = _all_samples((x, a), origins, classes)
     i, j = np.split(np.arange(len(x) + len(a)), [len(x)])
     members, shares = samples.members, samples.shares
-    pairs, cross = _unrelated(samples, j, j), _unrelated(samples, i, j)
+    pairs, cross = _unrelated(samples.shows, j, j), _unrelated(samples.shows, i, j)
     gain = (polynomial_kernel(a, a) - polynomial_kernel(b, b)) * pairs
     towards = members[i].T @ ((polynomial_kernel(x, a) - polynomial_kernel(x, b)) * cross)
     n_cross = members[i].T @ cross
@@ -782,7 +780,7 @@ def _mmd2(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
 
 def _mean_of_unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float:
     """Mean of the kernel over pairs that share no image, classes weighted by their shares."""
-    shares, unrelated = samples.shares, _unrelated(samples, i, j)
+    shares, unrelated = samples.shares, _unrelated(samples.shows, i, j)
     kernel = polynomial_kernel(samples.features[i], samples.features[j])
     of_i, of_j = samples.members[i].T, samples.members[j]
     counts = of_i @ unrelated @ of_j
@@ -791,9 +789,8 @@ def _mean_of_unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> float
     return float(shares @ (of_i @ (kernel * unrelated) @ of_j / counts) @ shares)
 
 
-def _unrelated(samples: _Samples, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+def _unrelated(shows: csr_array, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Pairs of rows that are not the same and share no image, (len(i), len(j)) bool."""
-    shows = samples.shows
     return (i[:, None] != j) & ((shows[i] @ shows[j].T).toarray() == 0)
 
 

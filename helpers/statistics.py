@@ -368,6 +368,12 @@ def _by_group(y, yhat, index: np.ndarray, n_groups: int, labels) -> np.ndarray:
     return counts.reshape(len(yhat), n_groups, n_classes, n_classes)
 
 
+def in_words(found: tuple[float, float, float], digits: int) -> str:
+    """A change and its interval of :func:`resampled`, with signs: +0.3 (-0.1 to +0.6)."""
+    value, low, high = (f"{v:+.{digits}f}" for v in found)
+    return f"{value} ({low} to {high})"
+
+
 def _check_draws(n_boot: int, level: float) -> None:
     if n_boot < 1 or not 0 < level < 1:
         raise ValueError(f"n_boot is {n_boot} and level {level}: need n_boot >= 1, 0 < level < 1")

@@ -14,7 +14,6 @@ import copy
 import hashlib
 import pickle
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -341,6 +340,9 @@ class DecoderTrainer(Trainer):
     scenes : Scenes
     test : (n, H, W, 3) uint8 ndarray, optional
         Held-out images.
+    card : Path, optional
+        Model card of the first stage, which :meth:`export` adds to; by default the one that lies
+        beside the file written.
     """
 
     kind = "decoder"
@@ -348,6 +350,7 @@ class DecoderTrainer(Trainer):
     def __init__(
         self, recipe: DecoderRecipe, model: LatentDiffusion, scenes: Scenes, *,
         test: np.ndarray | None = None, device: str | torch.device = "cpu",
+        card: Path | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(recipe.seed)
         if recipe.smoothed + recipe.sampled > 1:
@@ -370,7 +373,7 @@ class DecoderTrainer(Trainer):
         self.judge = torch.optim.AdamW(
             self.discriminator.parameters(), lr=recipe.judge_rate, betas=(0.5, 0.9)
         )
-        self.scenes, self.test = scenes, test
+        self.scenes, self.test, self.card = scenes, test, card
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on later, the discriminator included."""
@@ -717,15 +720,15 @@ def _score(trainer: Trainer) -> str:
     return f"{found} on {len(trainer.test)} {phantoms if folder is None else f'images of {folder}'}"
 
 
-def _add_to_card(trainer: Trainer, path: Path, command: str) -> None:
-    """Add the second round of the decoder to the card of the autoencoder, and the new digest."""
-    r, card = trainer.recipe, path.with_suffix(".md")
+def _add_to_card(trainer: DecoderTrainer, path: Path, command: str) -> None:
+    """Add the second round of the decoder to the card of the first stage, and the new digest."""
+    r, card = trainer.recipe, trainer.card or path.with_suffix(".md")
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {path.name}\n"
     before = before.split(_SECOND_ROUND)[0].rstrip()
     drawn = f"{r.scenes} other scenes of the same kind"
     data = drawn if r.images is None else f"images of {r.images}"
     before = with_digest(before, path)
-    card.write_text(f"""{before}
+    path.with_suffix(".md").write_text(f"""{before}
 
 {_SECOND_ROUND}
 
@@ -858,16 +861,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif o.what == "decoder":
         pair = load_latent_diffusion(o.autoencoder.parent)
         trainer = DecoderTrainer(
-            recipe, pair, scenes, test=_images_to_measure(o, 24), device=o.device
-        )
+            recipe, pair, scenes, test=_images_to_measure(o, 24), device=o.device,
+            card=o.autoencoder.with_suffix(".md"),
+        )  # fmt: skip
     else:
         trainer = AutoencoderTrainer(
             recipe, scenes, test=_images_to_measure(o, 24), device=o.device
         )
     trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
-    card = o.autoencoder.with_suffix(".md")
-    if o.what == "decoder" and card.exists() and card != path.with_suffix(".md"):
-        shutil.copyfile(card, path.with_suffix(".md"))  # export adds to the card of the first stage
     words = ["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])]
     trainer.export(path, shlex.join(words))
 

@@ -311,3 +311,8 @@ def test_resampling_refuses_one_group_and_wrong_numbers():
         statistics.resampled(np.mean, ["a", "b"], n_boot=0, level=0.9, rng=rng)
     with pytest.raises(ValueError, match="level 95"):
         statistics.resampled(np.mean, ["a", "b"], level=95, rng=rng)
+
+
+def test_a_change_is_told_with_its_signs():
+    assert statistics.in_words((0.25, -0.04, 1.0), 1) == "+0.2 (-0.0 to +1.0)"
+    assert statistics.in_words((-0.0123, -0.1, 0.0), 3) == "-0.012 (-0.100 to +0.000)"

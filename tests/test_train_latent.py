@@ -468,7 +468,6 @@ def test_own_images_are_held_out_and_named_in_the_card(folders, images, tmp_path
     z = torch.zeros(2, 4, 16, 16)
     UNetTrainer(UNET, load_autoencoder(first), z).export(tmp_path / "unet.safetensors", "command")
     sharper = tmp_path / "new" / "autoencoder.safetensors"
-    sharper.parent.mkdir()
     share = ["--smoothed", "0", "--sampled", "0"]
     main(["decoder", *folders, *share, "--autoencoder", str(first), "--weights", str(sharper)])
     added = sharper.with_suffix(".md").read_text()

@@ -365,8 +365,7 @@ def changes(
 
 def _with_interval(change: Callable[..., float], *groups, digits: int) -> str:
     found = statistics.resampled(change, *groups, rng=np.random.default_rng(1))
-    value, low, high = (f"{v:+.{digits}f}" for v in found)
-    return f"{value} ({low} to {high})"
+    return statistics.in_words(found, digits)
 
 
 def main(argv: list[str] | None = None) -> None:
