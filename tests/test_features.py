@@ -156,6 +156,21 @@ def test_lite0_features(lite0):
     assert lite0.embed(x[:0]).shape == (0, 1280)
 
 
+def test_lite0_gives_the_features_of_timm_without_a_normalisation_left(lite0):
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    weights = features.lite_state_dict()
+    network.load_state_dict({key: weights[key] for key in network.state_dict()})
+    x = crops(3)
+    with torch.inference_mode():
+        theirs = network((torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
+    np.testing.assert_allclose(lite0.embed(x), theirs.numpy(), atol=1e-4)
+    norms = [
+        module for module in lite0.network.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    ]
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    assert not norms
+
+
 def test_inputs_are_scaled_as_the_network_was_trained(lite0):
     lite = timm.get_pretrained_cfg("tf_efficientnet_lite0")
     assert (lite0.mean, lite0.std) == (lite.mean, lite.std)
