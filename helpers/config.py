@@ -541,7 +541,7 @@ def checkpoint_paths(params: Common) -> dict[str, str]:
 
 
 def missing_files(params: Common) -> list[str]:
-    """One line for each checkpoint that a chapter is to load, and device, that is not there."""
+    """One line for each checkpoint or folder of images to load, and device, that is not there."""
     lines = []
     if (device := getattr(params, "device", "auto")) not in ("auto", "cpu"):
         try:
@@ -559,7 +559,24 @@ def missing_files(params: Common) -> list[str]:
             gone = [file for file in files if not (Path(path) / file).exists()]
             if gone:
                 lines.append(f"{name} = {path!r}: the folder has no {' and no '.join(gone)}")
+    images = getattr(params, "latent_images", None)
+    if images and not Path(images).is_dir():
+        lines.append(f"latent_images = {images!r}: there is no such folder; correct the path")
     return lines
+
+
+def absolute(values: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the values that are paths of checkpoints or images, seen from where we are.
+
+    Chapters run in the folder of the repository. Names, and what is not there, are left out.
+    """
+    found = {}
+    for name in (*CHECKPOINTS, "latent_images"):
+        path = values.get(name)
+        if isinstance(path, str) and path not in CHECKPOINTS.get(name, ()):
+            if path and Path(path).expanduser().exists():
+                found[name] = str(Path(path).expanduser().resolve())
+    return found
 
 
 def read(chapter: str, namespace: Mapping[str, Any]) -> Common:

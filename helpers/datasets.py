@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 import warnings
 import zipfile
@@ -34,12 +35,19 @@ COLUMNS = ("image_id", "label", "split", "patient", "site", "dataset", "height",
 #: Of ``pandas.read_csv``: an empty field is missing, but a class may be called NA or None.
 _ONLY_EMPTY = {"keep_default_na": False, "na_values": [""]}
 _CSV_COLUMNS = ("path", "label", "patient", "split", "site", "mask")
+#: Words in other names of a column that may mean one of these, and would be passed over.
+_MAY_MEAN = {
+    "patient": {"patient", "patients", "subject", "case", "donor", "pat", "pid", "slide"},
+    "split": {"split", "splits", "partition", "subset", "fold"},
+    "site": {"site", "centre", "center", "hospital", "scanner"},
+    "mask": {"mask", "masks", "annotation"},
+}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 #: Smallest short side of an image file that is accepted, in pixels.
 MIN_SIDE = 32
 
-#: Longest image id, in characters: it is part of file names, of which most systems take 255 bytes.
+#: Longest image id, in bytes: it is part of file names, of which most systems take 255 bytes.
 LONGEST_ID = 150
 
 #: Share of the images that go to train, val and test where a data set names no split.
@@ -215,7 +223,8 @@ _MODES = {
 
 
 #: Tag of a TIFF file.
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE = ExifTags.Base.BitsPerSample
+_WIDTH_AND_HEIGHT = (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
 
 
 def _open(path: Path) -> Image.Image:
@@ -260,15 +269,25 @@ def _stored_mode(picture: Image.Image) -> str:
     return stored if isinstance(stored, str) and "16" in stored else picture.mode
 
 
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
+def _upright_size(picture: Image.Image, path: Path) -> tuple[int, int]:
     """Width and height as the picture is shown: a camera may note that it was turned."""
-    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return picture.size[::-1] if turned else picture.size
+    size = picture.size
+    if picture.format == "TIFF":  # turned by Pillow itself, by some versions before it is loaded
+        size = tuple(picture.tag_v2[tag] for tag in _WIDTH_AND_HEIGHT)
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return size[::-1] if turned else size
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is truncated or damaged ({error}). Download or save it again.")
 
 
 def _as_rgb(picture: Image.Image, path: Path) -> Image.Image:
     """RGB of a picture with a palette or an opaque alpha channel, which loses nothing."""
-    if picture.mode == "RGB":
+    if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     picture = picture.convert("RGBA")
     if picture.getextrema()[3][0] < 255:
@@ -304,14 +323,13 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     with _open(path) as picture:
         try:
             picture.load()
+            picture = ImageOps.exif_transpose(picture)
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{path} is truncated or damaged ({error}). Download or save it again."
-            ) from None
-        picture = _as_rgb(ImageOps.exif_transpose(picture), path)
+            raise _damaged(path, error) from None
+        picture = _as_rgb(picture, path)
         if image_size is None:
             return np.array(picture)
-        box = _centre_box(*picture.size)
+        box = _centre_box(*picture.size, image_size)
         square = picture.resize((image_size,) * 2, Image.Resampling.LANCZOS, box=box)
         return np.array(square)
 
@@ -337,7 +355,7 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
             "as PNG or TIFF, from the original."
         )
     with _open(image_path) as picture:
-        size = _upright_size(picture)
+        size = _upright_size(picture, image_path)
     if labels.ndim != 2 or labels.shape != size[::-1]:
         raise ValueError(
             f"label map {path} has shape {labels.shape}, but the image {image_path.name} needs "
@@ -348,16 +366,19 @@ def _read_labels(path: Path, image_path: Path, image_size: int) -> np.ndarray:
         labels = measure.label(labels > 0, connectivity=1)
     elif len(numbers) and numbers[-1] > np.iinfo(np.uint16).max:  # as they are filed
         labels = np.where(labels > 0, np.searchsorted(numbers, labels) + 1, 0)
-    left, top, right, bottom = _centre_box(*size)
+    left, top, right, bottom = _centre_box(*size, image_size)
     step = (np.arange(image_size) + 0.5) / image_size
     rows = np.minimum((top + step * (bottom - top)).astype(int), size[1] - 1)
     columns = np.minimum((left + step * (right - left)).astype(int), size[0] - 1)
     return np.maximum(labels[rows[:, None], columns[None]].astype(np.int32), 0)
 
 
-def _centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+def _centre_box(width: int, height: int, image_size: int) -> tuple[float, float, float, float]:
+    """Centre square; where it is not scaled, of whole pixels, which half a pixel would blur."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
+    if side == image_size:
+        left, top = left // 1, top // 1
     return left, top, left + side, top + side
 
 
@@ -486,6 +507,13 @@ def _from_files(
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0x5EED]))
     base = _common_folder(table["path"])
     table["image_id"] = _image_ids([Path(p).relative_to(base) for p in table["path"]])
+    if "patient" not in table:
+        warnings.warn(
+            f"{name}: no patients are given, so that each image counts as one: images of one "
+            "patient may lie in several splits, and intervals are too narrow then. A CSV table can "
+            "name them in a column patient",
+            stacklevel=4,
+        )
     for column, value in (("patient", table["image_id"]), ("site", "A"), ("mask", None)):
         if column not in table:
             table[column] = value
@@ -668,9 +696,9 @@ def _image_ids(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         text = "__".join(path.with_suffix("").parts)
         text = re.sub(r"[^\w.-]+", "_", text).strip("._") or "image"
-        if len(text) > LONGEST_ID:
+        if len(text.encode()) > LONGEST_ID:
             mark = hashlib.sha256(path.as_posix().encode()).hexdigest()[:8]
-            text = f"{text[: LONGEST_ID - 9]}-{mark}"
+            text = text.encode()[: LONGEST_ID - 9].decode(errors="ignore") + f"-{mark}"
         used[text.lower()] += 1
         n = used[text.lower()]
         ids.append(text if n == 1 else f"{text}--{n}")
@@ -906,10 +934,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{path} has no rows: add one line an image.")
     for column in (c for c in table if c not in _CSV_COLUMNS):
-        meant = difflib.get_close_matches(column.lower(), _CSV_COLUMNS, n=1, cutoff=0.75)
-        if meant and meant[0] not in table:
+        meant = _meant(column)
+        if meant and meant not in table:
             raise ValueError(
-                f"{path} has a column {column!r}, which means nothing here: name it {meant[0]!r}, "
+                f"{path} has a column {column!r}, which means nothing here: name it {meant!r}, "
                 "or something less alike if it is not meant"
             )
     table = table[[c for c in _CSV_COLUMNS if c in table]]
@@ -927,10 +955,21 @@ def _read_csv(path: Path) -> pd.DataFrame:
                 _named_file(path, line, kind, text) if isinstance(text, str) else None
                 for line, text in table[column].items()
             ]
-    twice = table["path"][table["path"].duplicated()]
+    twice = table["path"][table["path"].map(os.path.normpath).duplicated()]
     if len(twice):
         raise ValueError(f"{path} names {Path(twice.iloc[0]).name} twice: one line an image.")
     return table
+
+
+def _meant(column: str) -> str | None:
+    """Column that one of another name probably means, e.g. ``PatientID`` or ``spilt``."""
+    words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", column).lower()))
+    words |= {word.removesuffix("id") for word in words}
+    for meant, hints in _MAY_MEAN.items():
+        if words & hints:
+            return meant
+    near = difflib.get_close_matches(column.lower(), _CSV_COLUMNS, n=1, cutoff=0.75)
+    return near[0] if near else None
 
 
 def _named_file(table: Path, line: int, kind: str, text: str) -> str:

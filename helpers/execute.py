@@ -475,6 +475,8 @@ def resolve(
     given = {**preset(name), **options}
     if given.get("data_root"):
         options["data_root"] = given["data_root"] = str(_existing(given["data_root"]))
+    for key, path in config.absolute(given).items():
+        options[key] = given[key] = path
     if old and _finished(run, "00_tissue") and not arguments.force:
         _same_data(run, old, given)
     run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"

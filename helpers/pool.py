@@ -351,9 +351,9 @@ def append(
         rows = labels == label
         part = pool.pcas[label].transform(features[rows])
         scores[rows, : part.shape[1]] = part
-    tables = [t for t in (pool.table, segments.table) if len(t)]  # an empty one has no types
+    new = segments.table.assign(segment_id=_first_free(pool) + np.arange(len(segments)))
+    tables = [t for t in (pool.table, new) if len(t)]  # an empty one has no types
     table = pd.concat(tables, ignore_index=True)
-    table["segment_id"] = np.arange(1, len(table) + 1)
     provenance = dict(pool.provenance)
     for key, more in (("appended", len(segments)), ("dropped_small", dropped)):
         provenance[key] = provenance.get(key, 0) + more
@@ -365,6 +365,11 @@ def append(
         images=pd.concat([pool.images, segments.images], ignore_index=True),
         provenance=provenance,
     )
+
+
+def _first_free(pool: Pool) -> int:
+    """Number of the first segment to come; those that are there keep theirs, which runs record."""
+    return int(pool.table["segment_id"].max()) + 1 if len(pool.table) else 1
 
 
 def check_leakage(table: pd.DataFrame, *, records: pd.DataFrame | None = None) -> None:

@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import numbers
@@ -34,7 +36,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -188,12 +190,32 @@ def _listing(folder: Path) -> str:
 
     Files and folders whose name starts with a dot, such as ``.DS_Store``, are no data.
     """
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        seen.add(real)  # links can lead in a circle
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return _stats(found, folder)
+
+
+def _stats(paths: Iterable[Path], folder: Path) -> str:
+    """Digest of names, seen from `folder`, sizes and times of those files that are there."""
     digest = hashlib.sha256()
-    for item in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
-        name, stat = item.relative_to(folder), item.stat()
-        if not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for path in sorted(filter(os.path.isfile, paths)):
+        stat, name = path.stat(), Path(os.path.relpath(path, folder)).as_posix()
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _named_files(table: Path) -> Iterator[Path]:
+    """Files that fields of a CSV table name, seen from its folder, also as Windows writes them."""
+    with (
+        table.open(newline="", encoding="utf-8", errors="replace") as stream,
+        contextlib.suppress(csv.Error),  # the loader tells what is wrong with it
+    ):
+        for field in itertools.chain.from_iterable(csv.reader(stream)):
+            yield table.parent / field.strip().replace("\\", "/")
 
 
 # --- chapters ------------------------------------------------------------------------------------
@@ -523,6 +545,7 @@ class Stage:
         manifests = [manifest(self.run, need) for need in NEEDS[self.chapter]]
         state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
         state += [json.dumps(self._code, sort_keys=True), _source(self.chapter)]
+        state += [str(_hashes.any(path)) for path in self._earlier_checkpoints()]
         key = hashlib.sha256("\n".join(state).encode()).hexdigest()
         mark = self._partial / ".key"
         if not (mark.exists() and mark.read_text() == key):
@@ -530,6 +553,15 @@ class Stage:
             self._partial.mkdir(parents=True)
             mark.write_text(key)
         dump(self._partial / "params.json", self.params.model_dump(mode="json"), exact=True)
+
+    def _earlier_checkpoints(self) -> list[Path]:
+        """Files of weights that the chapters before this one were given by path, as it may be."""
+        found = []
+        for path in (self.folder / need / "params.json" for need in NEEDS[self.chapter]):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                params = config.build(path.parent.name, load(path))
+                found += map(Path, config.checkpoint_paths(params).values())
+        return found
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -640,13 +672,16 @@ def peak_memory() -> float:
 
 
 def _data(params: config.Common) -> str | None:
-    """Hash of the data folder; a table of images counts with what lies in its folder."""
-    root = getattr(params, "data_root", None)
+    """Hash of the folders of images; tables of images count, and all files that they name."""
     found = []
-    if root and Path(root).is_file():
-        found, root = [_hashes.any(Path(root))], Path(root).parent
-    if root and Path(root).is_dir():
-        found.append(_listing(Path(root)))
+    for name in ("data_root", "latent_images"):
+        if not (given := getattr(params, name, None)) or not Path(given).exists():
+            continue
+        folder = Path(given) if Path(given).is_dir() else Path(given).parent
+        tables = [Path(given)] if Path(given).is_file() else sorted(folder.glob("*.csv"))
+        found.append(_listing(folder))
+        for table in tables:
+            found += [_hashes.file(table), _stats(set(_named_files(table)), folder)]
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None
 
 

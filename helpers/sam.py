@@ -364,7 +364,7 @@ def _attend_by_head(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Path:
-    """Download a file once, resuming a partial download, and verify its SHA-256.
+    """Download a file once, resuming a partial download; verify its SHA-256 each time.
 
     Parameters
     ----------
@@ -384,10 +384,15 @@ def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Pat
     ConnectionError
         If the host cannot be reached or the transfer breaks; the partial file stays.
     ValueError
-        If the digest differs; the file is removed.
+        If the digest differs; a file just downloaded is removed.
     """
     path = Path(path)
     if path.is_file():
+        if (digest := files.sha256(path)) != sha256:
+            raise ValueError(
+                f"{path}: SHA-256 is {digest}, expected {sha256}. It is not the file of {url}: "
+                "remove it, and it is downloaded again."
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -314,13 +314,32 @@ def test_tables_in_another_encoding_or_with_another_separator(tmp_path, separato
 
 def test_columns_that_are_meant_otherwise_are_named(tmp_path):
     save(tmp_path / "1.png")
-    for column, meant in (("patient_id", "patient"), ("Patient", "patient"), ("spilt", "split")):
+    for column, meant in (
+        ("patient_id", "patient"), ("Patient", "patient"), ("patient_number", "patient"),
+        ("PatientIdentifier", "patient"), ("subject", "patient"), ("caseid", "patient"),
+        ("slide_id", "patient"), ("spilt", "split"), ("dataset_split", "split"),
+        ("fold", "split"), ("site_name", "site"), ("mask_path", "mask"),
+    ):  # fmt: skip
         write_csv(tmp_path, [("1.png", "a", "train")], ["path", "label", column])
         with pytest.raises(ValueError, match=f"column '{column}'.* name it '{meant}'"):
             datasets.load("folder", root=tmp_path)
-    write_csv(tmp_path, [("1.png", "a", "x", "y")], ["path", "label", "notes", "stage"])
+    write_csv(
+        tmp_path, [("1.png", "a", "x", "y", "p", "1")],
+        ["path", "label", "notes", "stage", "patient", "case_id"],
+    )  # fmt: skip
     (tmp_path / "images.csv").rename(tmp_path / "IMAGES.CSV")
     assert datasets.load("folder", root=tmp_path, image_size=32).classes == ("a",)
+
+
+def test_images_without_patients_are_said_to_count_as_one_each(folder):
+    with pytest.warns(UserWarning, match=r"no patients are given.*each image counts as one"):
+        data = datasets.load("folder", root=folder, image_size=32)
+    assert data.records["patient"].is_unique
+    rows = [(p.relative_to(folder), p.parent.name, "p" + p.stem) for p in folder.glob("*/*")]
+    write_csv(folder, rows, ["path", "label", "patient"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no patients are given")
+        datasets.load("folder", root=folder, image_size=32)
 
 
 def test_images_left_out_are_counted(folder):
@@ -632,6 +651,8 @@ def test_long_ids_are_cut_and_stay_unique(tmp_path):
     assert max(map(len, ids)) == datasets.LONGEST_ID
     assert ids[0].startswith("k" * 100 + "__s")
     assert datasets._image_ids([Path("x" * 150 + ".png")]) == ["x" * 150]
+    (wide,) = datasets._image_ids([Path("\u65e5" * 80 + ".png")])  # three bytes each
+    assert wide.startswith("\u65e5" * 47) and len(wide.encode()) <= datasets.LONGEST_ID
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -896,10 +917,11 @@ def test_16_bit_tiff_is_refused_however_it_is_laid_out(folder, planar):
         datasets.load("folder", root=folder, image_size=32)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_photograph_is_read_as_it_is_shown(tmp_path, orientation):
+def test_a_turned_photograph_is_read_as_it_is_shown(tmp_path, orientation, suffix):
     """The label map is drawn on what is shown; only its upright size fits."""
-    path = save(tmp_path / "turned.png", size=(52, 40), seed=3)
+    path = save(tmp_path / f"turned{suffix}", size=(52, 40), seed=3)
     with Image.open(path) as picture:
         picture.load()
         exif = picture.getexif()
@@ -914,6 +936,41 @@ def test_a_turned_photograph_is_read_as_it_is_shown(tmp_path, orientation):
     found = datasets._read_labels(tmp_path / "labels.png", path, 40)
     rows, columns = ((np.array(labels.shape) - 40) // 2)[:, None] + np.arange(40)
     assert np.array_equal(found, labels[rows[:, None], columns])
+
+
+def test_a_damaged_note_of_a_camera_is_named_with_its_file(tmp_path):
+    path = tmp_path / "note.png"
+    save(tmp_path / "good.png", size=(40, 40))
+    with Image.open(tmp_path / "good.png") as picture:
+        picture.save(path, exif=b"garbage-and-no-tiff-header")
+    Image.fromarray(np.ones((40, 40), np.uint8)).save(tmp_path / "labels.png")
+    for read in (
+        lambda: datasets.read_image(path),
+        lambda: datasets._read_labels(tmp_path / "labels.png", path, 40),
+    ):
+        with pytest.raises(ValueError, match=r"note\.png is truncated or damaged"):
+            read()
+
+
+@pytest.mark.parametrize("width", [40, 52, 53])
+def test_what_is_not_scaled_is_cut_out_as_it_is(tmp_path, width):
+    path = save(tmp_path / "a.png", size=(width, 40))
+    whole, left = datasets.read_image(path), (width - 40) // 2
+    assert np.array_equal(datasets.read_image(path, 40), whole[:, left : left + 40])
+    labels = np.arange(40 * width, dtype=np.uint16).reshape(40, width)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    found = datasets._read_labels(tmp_path / "labels.png", path, 40)
+    assert np.array_equal(found, labels[:, left : left + 40])
+
+
+def test_a_colour_that_stands_for_transparent_is_refused(tmp_path):
+    pixels = np.full((40, 40, 3), 200, np.uint8)
+    pixels[:8] = 7
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=(7, 7, 7))
+    with pytest.raises(ValueError, match=r"a\.png has transparent pixels"):
+        datasets.read_image(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "b.png", transparency=(1, 2, 3))
+    assert np.array_equal(datasets.read_image(tmp_path / "b.png"), pixels)
 
 
 def test_pages_beyond_the_first_are_named(folder):

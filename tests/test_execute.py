@@ -354,6 +354,23 @@ def test_names_that_look_like_numbers_are_names(run_root, tmp_path):
         execute.resolve(execute._parse([*given, "-p", "data_root", "7"]))
 
 
+def test_paths_of_weights_and_pictures_are_seen_from_where_one_is(run_root, tmp_path, monkeypatch):
+    (tmp_path / "mine.pth").write_bytes(b"x")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "small").mkdir()  # a name of weights all the same
+    monkeypatch.chdir(tmp_path)
+    given = ["--run", "r", "-p", "sam_checkpoint", "mine.pth", "-p", "latent_images", "pictures"]
+    _, found, _, record = execute.resolve(
+        execute._parse([*given, "-p", "latent_checkpoint", "small"])
+    )
+    paths = {"sam_checkpoint": "mine.pth", "latent_images": "pictures"}
+    for name, path in paths.items():
+        assert found[name] == record["options"][name] == str(tmp_path / path)
+    assert found["latent_checkpoint"] == "small"
+    with pytest.raises(ValueError, match="latent_images = 'none': there is no such folder"):
+        execute.resolve(execute._parse(["-p", "latent_images", "none"]))
+
+
 def test_a_table_of_images_may_be_the_data(run_root, tmp_path):
     table = tmp_path / "mine.csv"
     given = ["--preset", "smoke", "--dataset", "folder", "--data-root", str(table)]

@@ -430,6 +430,18 @@ def test_append_checks_features_area_and_records(segments, raw):
         pooling.append(pool, new, raw[16:], records=elsewhere)
 
 
+def test_appending_leaves_the_numbers_of_segments_alone(segments, raw):
+    old, new = segments.select(image_id=["im0", "im1", "im2"]), segments.select(image_id="im4")
+    smallest = old.table["area"].min() / (H * W)
+    pool = pooling.build(old, raw[:12], n_components=5, min_area=smallest * 1.01)
+    before = pool.table["segment_id"].tolist()
+    assert before != list(range(1, len(pool) + 1)), "dropping the smallest leaves a gap"
+    more = pooling.append(pool, new, raw[16:20])
+    assert more.table["segment_id"].tolist()[: len(pool)] == before
+    added = range(max(before) + 1, max(before) + 1 + len(more) - len(pool))
+    assert more.table["segment_id"].tolist()[len(pool) :] == list(added)
+
+
 def test_the_records_overrule_what_segments_say_of_their_split(segments, raw):
     truth = records().assign(patient=range(6), split=["train"] * 5 + ["val"])
     with pytest.raises(ValueError, match=r"images \['im5'\].*records"):

@@ -160,6 +160,19 @@ def test_half_done_work_is_dropped_when_a_predecessor_changed(run_root, source):
     assert not runs.begin(FIRST, params(FIRST)).path("a.txt").exists()
 
 
+def test_half_done_work_is_dropped_when_weights_of_a_predecessor_changed(
+    run_root, source, tmp_path
+):
+    weights = tmp_path / "mine.pth"
+    weights.write_bytes(b"one")
+    finish_tissue()
+    runs.begin(FIRST, params(FIRST, sam_checkpoint=str(weights))).finish({})
+    for text, kept in ((b"one", True), (b"two", False)):
+        runs.begin(SECOND, params(SECOND)).path("a.txt").write_text("x")
+        weights.write_bytes(text)
+        assert runs.begin(SECOND, params(SECOND)).path("a.txt").exists() == kept
+
+
 def test_a_kill_between_the_moves_of_finish_is_mended(run_root, source):
     finish_tissue()
     os.replace(run_root / "r" / TISSUE, run_root / "r" / f".{TISSUE}.old")
@@ -409,6 +422,38 @@ def test_a_table_of_images_counts_with_what_lies_beside_it(tmp_path):
         (tmp_path / name).write_text(f"path,label {len(found)}")
         found.add(runs._data(SimpleNamespace(data_root=str(table))))
     assert len(found) == 3 and None not in found
+
+
+def test_files_elsewhere_that_a_table_names_count_as_well(tmp_path):
+    folder, pixels = tmp_path / "tables", tmp_path / "pixels"
+    folder.mkdir()
+    pixels.mkdir()
+    (pixels / "a.png").write_bytes(b"one")
+    table = folder / "images.csv"
+    table.write_text("path,label\n..\\pixels\\a.png," + "long" * 100 + "\n")
+    for root in (folder, table):
+        before = runs._data(SimpleNamespace(data_root=str(root)))
+        assert runs._data(SimpleNamespace(data_root=str(root))) == before
+        (pixels / "a.png").write_bytes((pixels / "a.png").read_bytes() + b"more")
+        assert runs._data(SimpleNamespace(data_root=str(root))) != before
+
+
+def test_folders_behind_links_count_and_circles_end(tmp_path):
+    root, pixels = tmp_path / "root", tmp_path / "pixels"
+    root.mkdir()
+    pixels.mkdir()
+    (root / "benign").symlink_to(pixels)
+    (pixels / "back").symlink_to(root)
+    before = runs._listing(root)
+    (pixels / "a.png").write_bytes(b"one")
+    assert runs._listing(root) != before
+
+
+def test_pictures_for_the_latent_model_count_as_data(tmp_path):
+    given = SimpleNamespace(data_root=None, latent_images=str(tmp_path))
+    before = runs._data(given)
+    (tmp_path / "a.png").write_bytes(b"one")
+    assert None not in (before, runs._data(given)) and runs._data(given) != before
 
 
 def test_names_and_times_of_files_belong_to_the_hash_of_a_folder(tmp_path):

@@ -442,6 +442,10 @@ def test_download_resumes_and_verifies(server, tmp_path, name, have):
     path = download(f"{server}/{name}", DIGEST, tmp_path / "a.pth", progress=False)
     assert path.read_bytes() == _Server.body and not (tmp_path / "a.pth.part").exists()
     assert download("http://127.0.0.1:9/x.pth", DIGEST, path) == path, "is there already"
+    path.write_bytes(b"another file")
+    with pytest.raises(ValueError, match=r"a\.pth: SHA-256 is .*remove it"):
+        download("http://127.0.0.1:9/x.pth", DIGEST, path)
+    assert path.read_bytes() == b"another file", "it is not ours to remove"
 
 
 def test_a_broken_transfer_is_taken_up_again(server, tmp_path):
