@@ -30,6 +30,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def unfinished(folder: str | Path) -> list[Path]:
+    """Temporary files of :func:`replacing` that a process that was killed left below `folder`."""
+    return sorted(path for path in Path(folder).rglob(".*.tmp*") if path.is_file())
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:

@@ -297,7 +297,7 @@ def kid_difference(
     *,
     origins: Origins | None = None,
     classes: Classes | None = None,
-) -> Callable[[np.ndarray], float]:
+) -> Callable[[np.ndarray, np.ndarray], float]:
     """How much farther one version of synthetic images is from real ones than another.
 
     Parameters
@@ -312,9 +312,9 @@ def kid_difference(
     Returns
     -------
     callable
-        Takes the weight of each of the m synthetic images, (m,), such as how often each comes in a
-        resample; returns the kernel distance of `a` from `x` minus that of `b`, or NaN if no pair
-        of unrelated images of two classes is left. Two copies of one image are no pair.
+        Takes the weights of the real and of the synthetic images, (n,) and (m,), such as 0 for
+        those left out; returns the kernel distance of `a` from `x` minus that of `b`, or NaN if no
+        pair of unrelated images of two classes is left. Two copies of one image are no pair.
 
     Raises
     ------
@@ -329,17 +329,19 @@ def kid_difference(
     members, shares = samples.members, samples.shares
     pairs, cross = _unrelated(samples.shows, j, j), _unrelated(samples.shows, i, j)
     gain = (polynomial_kernel(a, a) - polynomial_kernel(b, b)) * pairs
-    towards = members[i].T @ ((polynomial_kernel(x, a) - polynomial_kernel(x, b)) * cross)
-    n_cross = members[i].T @ cross
+    towards = (polynomial_kernel(x, a) - polynomial_kernel(x, b)) * cross
 
-    def difference(weights: np.ndarray) -> float:
-        of = members[j] * np.asarray(weights, float)[:, None]
+    def difference(real: np.ndarray, made: np.ndarray) -> float:
+        of_real, of = (
+            members[side] * np.asarray(weights, float)[:, None]
+            for side, weights in ((i, real), (j, made))
+        )
         with np.errstate(invalid="ignore"):
             within = (of.T @ gain @ of) / (of.T @ pairs @ of)
-            between = (towards @ of) / (n_cross @ of)
+            between = (of_real.T @ towards @ of) / (of_real.T @ cross @ of)
         return float(shares @ (within - 2 * between) @ shares)
 
-    if np.isnan(difference(np.ones(len(a)))):
+    if np.isnan(difference(np.ones(len(x)), np.ones(len(a)))):
         raise ValueError(_NO_PAIRS)
     return difference
 
@@ -736,6 +738,11 @@ def _all_samples(sides: Sequence[np.ndarray], origins, classes) -> _Samples:
 
 def _shows(origins: Sequence[Collection[str]]) -> csr_array:
     """Which sample shows which image, (n, images)."""
+    if name := next((own for own in origins if isinstance(own, str)), None):
+        raise ValueError(
+            f"origins hold {name!r}, a single name: give a collection of names for each sample, "
+            f"such as {{{name!r}}}"
+        )
     number = {name: k for k, name in enumerate(dict.fromkeys(chain.from_iterable(origins)))}
     pairs = np.array([(i, number[o]) for i, own in enumerate(origins) for o in own], int)
     rows, columns = pairs.reshape(-1, 2).T

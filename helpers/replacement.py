@@ -182,7 +182,7 @@ def paste_again(
     for done in replacements:
         donor = get_image(done["source_image"])
         target, source = pool.mask(done["target_row"]), pool.mask(done["source_row"])
-        _check_size(donor, source.shape, done["source_image"])
+        _check_image(donor, source.shape, done["source_image"])
         donor = match_stain(donor, image, method=done["stain"])
         out, here = paste(out, target, donor, source, np.asarray(done["affine"]), **how)
         removed = target if repainted else here
@@ -373,7 +373,7 @@ def compose(
     targets = pool.of_image(target_image_id)
     if len(targets) == 0:
         raise CompositeError(f"image {target_image_id!r} has no segment in the pool")
-    _check_size(image, pool.mask(targets[0]).shape, target_image_id)
+    _check_image(image, pool.mask(targets[0]).shape, target_image_id)
     limits = {"scale_limits": scale_limits, "stretch_limit": stretch_limit}
     options = _Options(
         place=partial(PLACEMENTS[method], **limits),
@@ -492,7 +492,7 @@ class _Work:
             return False
         source_id = pool.table["image_id"].iat[source]
         source_image = get_image(source_id)
-        _check_size(source_image, source_mask.shape, source_id)
+        _check_image(source_image, source_mask.shape, source_id)
         donor, stain = self._stained(source_image, source_mask, source_id)
         image, pasted = paste(self.image, target_mask, donor, source_mask, affine, **o.how)
         removed = target_mask if o.how["gap"] == "inpaint" else pasted
@@ -558,7 +558,7 @@ def _record(
         "source_row": int(source),
         "source_image": str(table["image_id"].iat[source]),
         "distance": float(np.linalg.norm(pool.features[target] - pool.features[source])),
-        "affine": np.asarray(affine).round(6).tolist(),
+        "affine": np.asarray(affine).round(9).tolist(),
         "scales": [round(large, 6), round(small, 6)],
         "cut": bool(table["border"].iat[source]),
         "mirrored": bool(np.linalg.det(affine[:, :2]) < 0),
@@ -598,7 +598,12 @@ def _check_compose(
         )
 
 
-def _check_size(image: np.ndarray, size: tuple[int, int], image_id: str) -> None:
+def _check_image(image: np.ndarray, size: tuple[int, int], image_id: str) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image {image_id!r} has shape {image.shape} and dtype {image.dtype}: give (H, W, 3) "
+            "uint8"
+        )
     if image.shape[:2] != size:
         raise ValueError(
             f"image {image_id!r} is {image.shape[0]} x {image.shape[1]} pixels, its segments in "

@@ -45,7 +45,7 @@ import numpy as np
 
 from helpers import config
 from helpers.files import read_json as load
-from helpers.files import replacing, sha256
+from helpers.files import replacing, sha256, unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -552,6 +552,8 @@ class Stage:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
             mark.write_text(key)
+        for path in unfinished(self._partial):
+            path.unlink()
         dump(self._partial / "params.json", self.params.model_dump(mode="json"), exact=True)
 
     def _earlier_checkpoints(self) -> list[Path]:

@@ -42,6 +42,9 @@ Generators = Sequence[torch.Generator] | torch.Generator
 SPACINGS = ("karras", "trailing", "leading")
 #: Exponent of the spacing of Karras et al. 2022.
 RHO = 7
+#: Steps from which a solver of second order may take times of even distance that end at 1: with
+#: fewer, its last step goes much farther than the one it extrapolates from, and adds variance.
+_FEWEST_LEADING = 100
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,13 @@ class Sampling:
             )
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: the noise of a DDIM step lies in [0, 1]")
-        if self.method == "repaint" and self.solver in ("dpm++", "sde-dpm++"):
+        second_order = self.solver in ("dpm++", "sde-dpm++")
+        if second_order and self.spacing == "leading" and self.steps < _FEWEST_LEADING:
+            raise ValueError(
+                f"spacing='leading' ends with a step in which solver={self.solver!r} goes wrong if "
+                f"it takes few ({self.steps}, at least {_FEWEST_LEADING} are needed): use 'karras'"
+            )
+        if self.method == "repaint" and second_order:
             raise ValueError(
                 f"method='repaint' jumps back in time, and solver={self.solver!r} needs the steps "
                 "before: use solver 'ddim' or 'euler', or another method"

@@ -6,10 +6,13 @@ weighted sum of them, so that thousands of samples cost one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import pandas as pd
+from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
 #: Metrics of the paper's Table 1, in its order.
@@ -215,7 +218,8 @@ def paired_bootstrap(
     Raises
     ------
     ValueError
-        For an unknown metric, fewer than two patients, or shapes that do not agree.
+        For an unknown metric, fewer than two patients, an image without one, or shapes that do not
+        agree.
 
     Notes
     -----
@@ -231,6 +235,8 @@ def paired_bootstrap(
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}: choose one of {', '.join(METRICS)}")
     _check_draws(n_boot, level)
+    if (missing := pd.isna(np.asarray(groups, object))).any():
+        raise ValueError(f"{missing.sum()} images have no patient: name one for each")
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{len(names)} patient: resampling patients needs at least two")
@@ -291,6 +297,61 @@ def resampled(
     found = [measure(*(draw[i] for i in index)) for draw in _draw(len(names), n_boot, rng)]
     low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(measure(*(np.ones(n) for n in sizes))), float(low), float(high)
+
+
+def jackknife(
+    measure: Callable[..., float],
+    *shows: Sequence[Collection[str]],
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    r"""Value of a measure, and its interval from leaving out one image after the other [1]_.
+
+    For samples that show several images each, as a composite shows its target and its sources:
+    resampling one of them would take the others for independent. With n images and the values
+    theta_i without image i, the standard error is the root of (n - 1) / n times the sum of squares
+    of theta_i less their mean. Where a sample shows several images, it is rather too large.
+
+    Parameters
+    ----------
+    measure : callable
+        Takes the weights of the samples, (n,) each for one of `shows`: 0 for those left out, else
+        1. Images without which it is NaN do not count.
+    *shows : (n,) sequence of collections of str
+        Images that each sample shows, of one or several sets of samples. All samples of all sets
+        that show an image are left out together.
+    level : float
+        Coverage of the interval, in (0, 1).
+
+    Returns
+    -------
+    (float, float, float)
+        Value of all samples, lower and upper end: the value and its standard error times a quantile
+        of Student's distribution with n - 1 degrees of freedom.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two images can be left out, or `level` is out of range.
+
+    References
+    ----------
+    .. [1] B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap", 1993, 11.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: need 0 < level < 1")
+    names = dict.fromkeys(chain.from_iterable(chain.from_iterable(shows)))
+    left = [
+        measure(*(np.array([name not in own for own in each], float) for each in shows))
+        for name in names
+    ]
+    left = np.array([value for value in left if not np.isnan(value)])
+    n = len(left)
+    if n < 2:
+        raise ValueError(f"{n} image can be left out: an interval needs at least two")
+    error = np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum())
+    reach = student.ppf((1 + level) / 2, n - 1) * error
+    value = float(measure(*(np.ones(len(each)) for each in shows)))
+    return value, float(value - reach), float(value + reach)
 
 
 def holm(p) -> np.ndarray:
@@ -369,7 +430,7 @@ def _by_group(y, yhat, index: np.ndarray, n_groups: int, labels) -> np.ndarray:
 
 
 def in_words(found: tuple[float, float, float], digits: int) -> str:
-    """A change and its interval of :func:`resampled`, with signs: +0.3 (-0.1 to +0.6)."""
+    """A change and its interval, with signs: +0.3 (-0.1 to +0.6)."""
     value, low, high = (f"{v:+.{digits}f}" for v in found)
     return f"{value} ({low} to {high})"
 
@@ -387,9 +448,16 @@ def _draw(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
 def _difference(
     a: np.ndarray, b: np.ndarray, draws: np.ndarray, metric: str, seeds: np.ndarray | None = None
 ) -> np.ndarray:
-    """Metric of b minus that of a for each draw of patients and of seeds, (n_boot,)."""
+    """Metric of b minus that of a for each draw of patients and of seeds, (n_boot,).
+
+    A draw of few patients may have none of a class, which says nothing about its F1: the mean is
+    that of the other classes then.
+    """
     first, second = (np.einsum("bg,sgij->bsij", draws, x, optimize=True) for x in (a, b))
     gain = scores_from_confusion(second)[metric] - scores_from_confusion(first)[metric]
+    if metric == "macro_f1":
+        there = [np.count_nonzero(x.sum(-1), axis=-1) for x in (a.sum(1), first)]
+        gain = gain * there[0] / np.maximum(there[1], 1)
     return gain.mean(1) if seeds is None else np.average(gain, axis=1, weights=seeds)
 
 

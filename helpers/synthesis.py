@@ -29,6 +29,9 @@ from helpers.replacement import Composite, CompositeError, Sampler, compose
 #: Heals composites: (images (n, H, W, 3) uint8, unknown (n, H, W) bool, generators) -> images.
 Heal = Callable[[np.ndarray, np.ndarray, Sequence[torch.Generator]], np.ndarray]
 
+#: Share of the noise levels from which a gap that nothing was pasted into gets a structure.
+LEAST_STRENGTH = 0.5
+
 _KINDS = ("pasted", "regions", "images")  # pictures of each image, a folder each
 
 
@@ -196,6 +199,29 @@ def synthesise(
     return records
 
 
+def check_strength(gap: str, strength: float) -> None:
+    """Refuse to start low where gaps are left to the sampler: they would stay flat.
+
+    Parameters
+    ----------
+    gap : {"context", "inpaint"}
+        What fills a gap, see :func:`helpers.replacement.paste`.
+    strength : float
+        Share of the noise levels that are walked, see :class:`helpers.samplers.Sampling`.
+
+    Raises
+    ------
+    ValueError
+        If the gap is to be inpainted from a strength below :data:`LEAST_STRENGTH`.
+    """
+    if gap == "inpaint" and strength < LEAST_STRENGTH:
+        raise ValueError(
+            f"gap='inpaint' leaves gaps with a flat colour, which healing from the lowest "
+            f"{strength:.1%} of the noise levels would keep: set synthesis_strength to 1, with "
+            "more synthesis_steps (500 in the paper), or gap to 'context' (chapter 04)"
+        )
+
+
 def weight_hashes(checkpoint: str | Path, shipped: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 of the weights that heal, for the provenance.
 
@@ -257,12 +283,14 @@ def _write(
     folder: Path, piece: Piece, healed: np.ndarray, provenance: Mapping[str, Any], recipe: str
 ) -> dict[str, Any]:
     composite = piece.composite
+    record = folder / "provenance" / f"{piece.synthetic_id}.json"
+    record.unlink(missing_ok=True)  # of another recipe: it does not speak for these pictures
     regions = composite.pasted + 2 * composite.unknown.astype(np.uint8)
     for kind, picture in zip(_KINDS, (composite.image, regions, healed), strict=True):
         path = folder / kind / f"{piece.synthetic_id}.png"
         with replacing(path) as tmp:
             Image.fromarray(picture).save(tmp)
-    record = {
+    made = {
         "synthetic_id": piece.synthetic_id,
         "label": piece.label,
         "order": piece.order,
@@ -277,8 +305,8 @@ def _write(
         "recipe": recipe,
         "made_by": dict(provenance),
     }
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    with replacing(folder / "provenance" / f"{piece.synthetic_id}.json") as tmp:
+    text = json.dumps(made, sort_keys=True, ensure_ascii=False)
+    with replacing(record) as tmp:
         tmp.write_text(text + "\n", encoding="utf-8")
     return json.loads(text)
 

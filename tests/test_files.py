@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from helpers.files import read_json, replacing, sha256
+from helpers.files import read_json, replacing, sha256, unfinished
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
@@ -28,6 +28,14 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
         assert temporary.name.startswith("."), "no pattern of shards finds it"
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_was_writing_is_found(tmp_path):
+    with replacing(tmp_path / "images" / "a.png") as temporary:
+        temporary.write_bytes(b"half")
+        assert unfinished(tmp_path) == [temporary]
+    (tmp_path / "images" / "b.tmp.png").write_bytes(b"a name of the user's")
+    assert unfinished(tmp_path) == [] == unfinished(tmp_path / "not there")
 
 
 def test_folders_are_made_and_the_suffix_is_kept(tmp_path):

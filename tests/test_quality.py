@@ -1,6 +1,7 @@
 """Kernel distance against torchmetrics and a literal double sum; the seam on known outlines."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -509,9 +510,13 @@ def test_the_difference_of_two_distances(features, with_origins):
         )
     difference = quality.kid_difference(x, a, b, **given)
     expected = quality.mmd2(x, a, **given) - quality.mmd2(x, b, **given)
-    assert difference(np.ones(len(a))) == pytest.approx(expected, rel=1e-9)
+    whole = np.ones(len(x))
+    assert difference(whole, np.ones(len(a))) == pytest.approx(expected, rel=1e-9)
     if with_origins:
         return
+    keep, kept = np.arange(len(x)) % 3 > 0, np.arange(len(a)) % 4 > 0
+    expected = quality.mmd2(x[keep], a[kept]) - quality.mmd2(x[keep], b[kept])
+    assert difference(keep, kept) == pytest.approx(expected, rel=1e-9)
     times = np.random.default_rng(5).integers(0, 3, len(a))
     own = np.repeat(np.arange(len(a)), times)
 
@@ -521,8 +526,8 @@ def test_the_difference_of_two_distances(features, with_origins):
         return within - 2 * kernel(x, y).mean()
 
     expected = distance(a[own]) - distance(b[own])
-    assert difference(times) == pytest.approx(expected, rel=1e-9)
-    assert np.isnan(difference(np.eye(len(a))[0]))  # one image, and no pair of two
+    assert difference(whole, times) == pytest.approx(expected, rel=1e-9)
+    assert np.isnan(difference(whole, np.eye(len(a))[0]))  # one image, and no pair of two
 
 
 def test_classes_whose_samples_all_share_an_image_are_not_compared():
@@ -543,6 +548,17 @@ def test_classes_whose_samples_all_share_an_image_are_not_compared():
         quality.mmd2(x, x[:6], origins=(origins, origins[:6]), classes=(classes, classes[:6]))
     with pytest.raises(ValueError, match="origins of 7 samples and classes of 6"):
         quality.with_unrelated(origins, classes[:6])
+
+
+def test_a_name_in_the_place_of_names_is_refused(features):
+    """A string is a collection of letters, which images have in common."""
+    x, a = features
+    names = ([f"im{i}" for i in range(len(x))], [{f"a{i}"} for i in range(len(a))])
+    for measure in (quality.mmd2, partial(quality.kid_difference, b=a)):
+        with pytest.raises(ValueError, match="origins hold 'im0', a single name"):
+            measure(x, a, origins=names)
+    with pytest.raises(ValueError, match="origins hold 'im0', a single name"):
+        quality.with_unrelated(names[0], ["p"] * len(x))
 
 
 def test_two_versions_have_to_be_of_the_same_images(features):

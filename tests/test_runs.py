@@ -126,6 +126,17 @@ def test_half_done_work_is_found_again_unless_parameters_changed(run_root, sourc
     assert not runs.begin(TISSUE, params(TISSUE, seed=1)).path("a.txt").exists()
 
 
+def test_half_a_file_of_a_killed_process_is_swept_away(run_root, source):
+    """What is found again is what an uninterrupted run would have."""
+    stage = runs.begin(TISSUE, params(TISSUE))
+    with stage.writing("images/a.png") as temporary:
+        temporary.write_bytes(b"whole")
+        left = temporary.with_name(temporary.name.replace(str(os.getpid()), "4711"))
+        left.write_bytes(b"half")
+    again = runs.begin(TISSUE, params(TISSUE))
+    assert [p.name for p in again.path("images/a.png").parent.iterdir()] == ["a.png"]
+
+
 def test_half_done_work_of_other_code_is_dropped(run_root, source):
     def half_done():
         return runs.begin(TISSUE, params(TISSUE)).path("a.txt")

@@ -298,6 +298,7 @@ def test_gradient_steps_are_the_last_ones():
         ({"eta": 2.0}, "eta=2.0"),
         ({"solver": "euler", "eta": 0.5}, "eta=0.5 belongs to solver='ddim'"),
         ({"method": "repaint", "solver": "dpm++"}, "jumps back in time.*'euler'"),
+        ({"solver": "sde-dpm++", "spacing": "leading", "steps": 99}, "'leading' ends.*'karras'"),
         ({"method": "repaint", "n_resample": 0}, "n_resample=0"),
     ],
 )

@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
 
-from helpers import statistics
+from helpers import quality, statistics
 
 
 def _predictions(seed, n=60, n_classes=4):
@@ -311,6 +312,101 @@ def test_resampling_refuses_one_group_and_wrong_numbers():
         statistics.resampled(np.mean, ["a", "b"], n_boot=0, level=0.9, rng=rng)
     with pytest.raises(ValueError, match="level 95"):
         statistics.resampled(np.mean, ["a", "b"], level=95, rng=rng)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    """In closed form, for samples of an image each, and the same whatever the images are called."""
+    values = np.random.default_rng(3).normal(2, 5, 13)
+    shows = [{f"im{i}"} for i in range(13)]
+
+    def mean(w):
+        return np.average(values, weights=w)
+
+    found = statistics.jackknife(mean, shows)
+    reach = stats.t.ppf(0.975, 12) * values.std(ddof=1) / np.sqrt(13)
+    np.testing.assert_allclose(found, values.mean() + np.array([0, -reach, reach]))
+    assert statistics.jackknife(mean, [{str(i), f"again {i}"} for i in range(13)])[0] == found[0]
+    narrow = statistics.jackknife(mean, shows, level=0.5)
+    assert found[1] < narrow[1] < narrow[0] < narrow[2] < found[2]
+
+
+def test_the_jackknife_leaves_an_image_out_of_all_sets():
+    """Against a loop: every sample of both sets that shows the image goes with it."""
+    x, y = np.array([1.0, 4.0, 2.0, 8.0]), np.array([3.0, 5.0, 7.0])
+    shows = [{"a"}, {"b"}, {"c"}, {"c"}], [{"a", "b"}, {"b", "c"}, {"a", "c"}]
+
+    def gap(w, v):
+        return np.average(x, weights=w) - np.average(y, weights=v)
+
+    left = []
+    for name in "abc":
+        of_x, of_y = ([name not in own for own in each] for each in shows)
+        left.append(x[of_x].mean() - y[of_y].mean())
+    error = np.sqrt(2 / 3 * ((np.array(left) - np.mean(left)) ** 2).sum())
+    value, low, high = statistics.jackknife(gap, *shows)
+    assert value == x.mean() - y.mean()
+    assert high - value == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    assert value - low == pytest.approx(high - value)
+
+
+def test_the_jackknife_does_not_count_what_cannot_be_left_out():
+    values = np.array([1.0, 2.0, 4.0])
+
+    def without_the_first(w):
+        return np.nan if w[0] == 0 else np.average(values[: len(w)], weights=w)
+
+    shows = [{"a"}, {"b"}, {"c"}]
+    _, low, high = statistics.jackknife(without_the_first, shows)
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 1) * 0.5)  # of 2.5 and 1.5
+    with pytest.raises(ValueError, match="1 image can be left out"):
+        statistics.jackknife(without_the_first, shows[:2])
+    with pytest.raises(ValueError, match="level is 95"):
+        statistics.jackknife(np.mean, shows, level=95)
+
+
+def test_the_interval_of_a_difference_of_kernel_distances_covers_zero():
+    """Crops that share images: resampling targets alone leaves out zero in one case of five."""
+    inside = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        of_image = 0.7 * rng.normal(size=(12, 8))
+        own, target = np.arange(12).repeat(6), rng.integers(0, 12, 10).repeat(4)
+        source = rng.integers(0, 12, len(target))
+        x, y = (of_image[i] + 0.7 * rng.normal(size=(len(i), 8)) for i in (own, source))
+        shows = [{i} for i in own], [{i, j} for i, j in zip(target, source, strict=True)]
+        change = quality.kid_difference(x, y + 0.1, y - 0.1, origins=shows)
+        _, low, high = statistics.jackknife(change, *shows)
+        inside += low <= 0 <= high
+    assert inside >= 18
+
+
+@pytest.mark.parametrize("patients", [3, 8])
+def test_a_draw_without_a_class_says_nothing_of_its_f1(patients):
+    """Macro F1 of a draw is the mean over the classes that it has; of all patients, over all."""
+    rng = np.random.default_rng(patients)
+    grade = np.arange(patients) % 3  # a grade each
+    groups, y = np.arange(patients).repeat(5), grade.repeat(5)
+    a, b = (np.where(rng.random(len(y)) < right, y, (y + 1) % 3) for right in (0.5, 0.8))
+    tables = [statistics._by_group(y, guess, groups, patients, 3) for guess in (a, b)]
+    draws = statistics._draw(patients, 40, rng)
+    found = statistics._difference(*tables, draws, "macro_f1")
+    for draw, value in zip(draws, found, strict=True):
+        rows = np.repeat(np.arange(len(y)), draw[groups])
+        f1 = [f1_score(y[rows], guess[rows], labels=np.unique(y[rows]), average=None)
+              for guess in (a, b)]  # fmt: skip
+        assert value == pytest.approx(np.mean(f1[1] - f1[0]))
+    whole = statistics._difference(*tables, np.ones((1, patients), int), "macro_f1")[0]
+    of_scores = [statistics.scores(y, guess, 3)["macro_f1"] for guess in (a, b)]
+    assert whole == pytest.approx(of_scores[1] - of_scores[0])
+
+
+def test_an_image_without_a_patient_is_refused():
+    y = np.array([0, 1, 0, 1])
+    for groups in (np.array([1.0, 2.0, np.nan, np.nan]), np.array(["a", "b", None, "c"], object)):
+        with pytest.raises(ValueError, match="images have no patient"):
+            statistics.paired_bootstrap(
+                y, y, y, groups, labels=2, n_boot=10, rng=np.random.default_rng(0)
+            )
 
 
 def test_a_change_is_told_with_its_signs():

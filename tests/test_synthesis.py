@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from helpers import config, synthesis
+from helpers.files import replacing
 from helpers.replacement import Sampler
 from tests.test_replacement import toy_pool
 
@@ -185,6 +186,34 @@ def test_finished_images_are_not_healed_again_unless_the_recipe_changes(tmp_path
     with pytest.raises(TypeError, match="not JSON serializable"):  # before anything is healed
         _synthesise(tmp_path, heal=counting, provenance={"folder": tmp_path})
     assert sum(calls) == 18
+
+
+def test_a_record_does_not_speak_for_pictures_of_another_recipe(tmp_path, monkeypatch):
+    """Killed while an image is made anew, and then made as at first: all as it was."""
+    _synthesise(tmp_path)
+    whole = _bytes(tmp_path)
+
+    def killed_before_the_record(path):
+        if path.parent.name == "provenance":
+            raise KeyboardInterrupt
+        return replacing(path)
+
+    def otherwise(images, unknown, generators):
+        return 255 - images
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synthesis, "replacing", killed_before_the_record)
+        _synthesise(tmp_path, heal=otherwise, provenance={**PROVENANCE, "seed": 1})
+    assert _bytes(tmp_path) != whole
+    _synthesise(tmp_path)
+    assert _bytes(tmp_path) == whole
+
+
+def test_gaps_are_not_left_to_a_low_level_of_noise():
+    synthesis.check_strength("context", 0.005)
+    synthesis.check_strength("inpaint", 1.0)
+    with pytest.raises(ValueError, match=r"lowest 0\.5% .*synthesis_strength to 1"):
+        synthesis.check_strength("inpaint", 0.005)
 
 
 def test_images_of_other_composites_are_healed_again(tmp_path):

@@ -26,7 +26,7 @@ import torch
 from helpers import features, phantom, quality, replacement
 from helpers.diffusion import inpaint, network_calls, spawn, timesteps
 from helpers.latent import LatentDiffusion, latent_known, load_latent_diffusion, to_tensor, to_uint8
-from helpers.statistics import resampled
+from helpers.statistics import jackknife
 from tests.benchmarks.measure import peak_memory
 
 #: Settings that are timed: name, options of :func:`inpaint`, options of the loader.
@@ -208,8 +208,9 @@ def quality_table(o: argparse.Namespace) -> None:
     few, many = (f"mmps sde-dpm++ {n} karras" for n in (o.fast, o.steps))
     if few in found and many in found:
         difference = quality.kid_difference(real, found[few], found[many])
-        _, low, high = resampled(difference, range(n), rng=np.random.default_rng(0))
-        print(f"\nKID x 1000 of {o.fast} minus {o.steps} steps, 95 % of bootstraps: "
+        shows = [{f"real {i}"} for i in range(len(real))], [{f"made {i}"} for i in range(n)]
+        _, low, high = jackknife(difference, *shows)
+        print(f"\nKID x 1000 of {o.fast} minus {o.steps} steps, 95 % interval: "
               f"{1000 * low:.1f} to {1000 * high:.1f}")  # fmt: skip
 
 

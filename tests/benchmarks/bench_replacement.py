@@ -323,7 +323,7 @@ def healing() -> dict[str, object]:
 
 def healed(
     made: list[Composite], pool: Pool, embed, distance: Callable[..., float],
-    farther: Callable[..., Callable], *, batch: int = 8,
+    farther: Callable[..., tuple], *, batch: int = 8,
     healings: dict[str, dict[str, object] | None] = HEALINGS,
 ) -> Iterator[dict]:  # fmt: skip
     """One row a way to heal: kernel distance of the crops, and how well the seam is detected.
@@ -350,22 +350,17 @@ def healed(
 
 
 def changes(
-    after: Version, before: Version, made: list[Composite], farther: Callable[..., Callable]
+    after: Version, before: Version, made: list[Composite], farther: Callable[..., tuple]
 ) -> dict[str, str]:
     """Change of kernel distance and detection from one version to another, with intervals."""
-    crops_of = [c.image_id for c, _ in places(made)]
-    distance, a, b = farther(after.crops, before.crops, made), after.detection, before.detection
+    a, b = after.detection, before.detection
+    detected = statistics.resampled(
+        lambda w, v: a.auc(w) - b.auc(v), a.groups, b.groups, rng=np.random.default_rng(1)
+    )
     return {
-        "KID gained": _with_interval(lambda w: 1000 * distance(w), crops_of, digits=1),
-        "detected gained": _with_interval(
-            lambda w, v: a.auc(w) - b.auc(v), a.groups, b.groups, digits=3
-        ),
+        "KID gained": statistics.in_words(farther(after.crops, before.crops, made), 1),
+        "detected gained": statistics.in_words(detected, 3),
     }
-
-
-def _with_interval(change: Callable[..., float], *groups, digits: int) -> str:
-    found = statistics.resampled(change, *groups, rng=np.random.default_rng(1))
-    return statistics.in_words(found, digits)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -413,9 +408,13 @@ def main(argv: list[str] | None = None) -> None:
         """Kernel distance x 1000 of the crops of all places from real crops of other images."""
         return 1000 * quality.mmd2(real, crops, **related(made))
 
-    def farther(after: np.ndarray, before: np.ndarray, made: list[Composite]) -> Callable:
-        """How much farther crops are from real ones than before, for weights of the crops."""
-        return quality.kid_difference(real, after, before, **related(made))
+    def farther(
+        after: np.ndarray, before: np.ndarray, made: list[Composite]
+    ) -> tuple[float, float, float]:
+        """How much farther crops are from real ones than before, x 1000, with its interval."""
+        given = related(made)
+        gained = quality.kid_difference(real, after, before, **given)
+        return statistics.jackknife(lambda *w: 1000 * gained(*w), *given["origins"])
 
     floor = quality.kid_floor(real, origins=own, classes=labels, rng=rng)
     print(f"{len(rows)} segments of {len(classes)} classes; real against real, x 1000: "
