@@ -222,7 +222,7 @@ _MODES = {
 }
 
 
-#: Tag of a TIFF file.
+#: Tags of a TIFF file.
 _BITS_PER_SAMPLE = ExifTags.Base.BitsPerSample
 _WIDTH_AND_HEIGHT = (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
 

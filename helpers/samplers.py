@@ -75,7 +75,8 @@ class Sampling:
         starts from the pasted image, noised to that level (Meng et al. 2022), so that what the
         image shows there is kept in its coarse features, and its seam is not.
     spacing : {"karras", "trailing", "leading"}
-        Where the noise levels lie, see :func:`timesteps`.
+        Where the noise levels lie, see :func:`timesteps`. ``leading`` with a solver of second order
+        needs 100 steps.
     jump_length, n_resample : int
         ``repaint`` only: length of a repeated stretch in steps (at most half of them), and how
         often it is walked.
