@@ -143,6 +143,8 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
     )
 
 
+#: Weight that samples lose for a derivative.
+_A_LITTLE = 1e-4
 #: Up to so many ways to swap two methods patient by patient, all are gone through.
 _ALL_SWAPS = 4096
 
@@ -304,21 +306,21 @@ def jackknife(
     *shows: Sequence[Collection[str]],
     level: float = 0.95,
 ) -> tuple[float, float, float]:
-    r"""Value of a measure, and its interval from leaving out one image after the other [1]_.
+    r"""Value of a measure, and its interval from how much each image matters [1]_.
 
     For samples that show several images each, as a composite shows its target and its sources:
-    resampling one of them would take the others for independent. With n images and the values
-    theta_i without image i, the standard error is the root of (n - 1) / n times the sum of squares
-    of theta_i less their mean. Where a sample shows several images, it is rather too large.
+    resampling one kind of image would take the others for independent. The influence U_i of an
+    image is the derivative of the measure when all samples that show it count a little less, and
+    the standard error of n images is the root of n / (n - 1) times the sum of U_i^2 (infinitesimal
+    jackknife). Where samples show several images, it is rather too large.
 
     Parameters
     ----------
     measure : callable
-        Takes the weights of the samples, (n,) each for one of `shows`: 0 for those left out, else
-        1. Images without which it is NaN do not count.
+        Takes the weights of the samples, (n,) each for one of `shows`, and depends smoothly on
+        them.
     *shows : (n,) sequence of collections of str
-        Images that each sample shows, of one or several sets of samples. All samples of all sets
-        that show an image are left out together.
+        Images that each sample shows, of one or several sets of samples.
     level : float
         Coverage of the interval, in (0, 1).
 
@@ -331,27 +333,27 @@ def jackknife(
     Raises
     ------
     ValueError
-        If fewer than two images can be left out, or `level` is out of range.
+        If there are fewer than two images, or `level` is out of range.
 
     References
     ----------
-    .. [1] B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap", 1993, 11.
+    .. [1] B. Efron, R. J. Tibshirani, "An Introduction to the Bootstrap", 1993, 21.
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}: need 0 < level < 1")
     names = dict.fromkeys(chain.from_iterable(chain.from_iterable(shows)))
-    left = [
-        measure(*(np.array([name not in own for own in each], float) for each in shows))
-        for name in names
-    ]
-    left = np.array([value for value in left if not np.isnan(value)])
-    n = len(left)
+    n = len(names)
     if n < 2:
-        raise ValueError(f"{n} image can be left out: an interval needs at least two")
-    error = np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum())
-    reach = student.ppf((1 + level) / 2, n - 1) * error
+        raise ValueError(f"{n} image: an interval needs at least two")
     value = float(measure(*(np.ones(len(each)) for each in shows)))
-    return value, float(value - reach), float(value + reach)
+    less = (
+        measure(*(np.array([1 - _A_LITTLE * (name in own) for own in each]) for each in shows))
+        for name in names
+    )
+    influence = (np.fromiter(less, float, n) - value) / _A_LITTLE
+    error = np.sqrt(n / (n - 1) * (influence**2).sum())
+    reach = float(student.ppf((1 + level) / 2, n - 1) * error)
+    return value, value - reach, value + reach
 
 
 def holm(p) -> np.ndarray:
