@@ -10,6 +10,7 @@ Everything is deterministic in the arguments of :func:`render`; no global random
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -956,12 +957,24 @@ def _scan(rgb, rng, shape, site, ss):
 
 
 def _resize_labels(labels, shape):
-    """Nearest pixel at the centre of each output pixel, then labels without gaps."""
-    H, W = shape
-    h, w = labels.shape
-    i = np.minimum(((np.arange(H) + 0.5) * h / H).astype(int), h - 1)
-    j = np.minimum(((np.arange(W) + 0.5) * w / W).astype(int), w - 1)
-    small = labels[i[:, None], j[None]]
+    """Labels of output pixels of which at least half is labelled, numbered without gaps.
+
+    The number is that of a pixel at the centre; where several meet there, as of 2 x 2 that make
+    one, that of the first which is labelled: any fixed one of them would shift all outlines.
+    """
+    covered = cv2.resize((labels > 0).astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA)
+    rows, columns = (
+        [
+            np.clip((middle + side).astype(int), 0, old - 1)
+            for middle in [(np.arange(new) + 0.5) * old / new]
+            for side in (-1e-6, 0)
+        ]
+        for new, old in zip(shape, labels.shape, strict=True)
+    )
+    small = np.zeros(shape, labels.dtype)
+    for i, j in itertools.product(rows, columns):
+        small = np.where(small == 0, labels[i[:, None], j], small)
+    small[covered < 0.5] = 0
     present = np.bincount(small.ravel(), minlength=1) > 0
     present[0] = False
     lut = np.zeros(len(present), np.int32)

@@ -379,7 +379,7 @@ def augment(
             cv2.resize(
                 np.ascontiguousarray(level[y : y + side, x : x + side]),
                 (size, size),
-                interpolation=cv2.INTER_NEAREST,
+                interpolation=cv2.INTER_NEAREST_EXACT,  # the other one is off by half a pixel
             )
             for level in levels
         ]

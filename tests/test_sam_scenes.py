@@ -2,6 +2,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from helpers import sam_scenes
 from helpers.sam_scenes import (
@@ -55,6 +56,26 @@ def test_augmentation_keeps_image_and_labels_together(monkeypatch):
         assert x.shape == (size, size, 3) and y.shape == (LEVELS, size, size)
         inside = ~edges(y[0])  # at their borders the squares mix
         assert (abs(x[..., 0].astype(int) - y[0])[inside] <= 1).mean() > 0.97
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_augmentation_moves_labels_exactly_as_the_image(monkeypatch, size):
+    """A smooth disc: the place of its middle in the image and in the labels, over many crops."""
+    y, x = np.ogrid[:320, :320]
+    distance = np.hypot(y - 170.3, x - 149.8)
+    image = np.clip(40 * (60 - distance) + 128, 0, 255).astype(np.uint8)[..., None].repeat(3, 2)
+    levels = (distance < 60).astype(np.uint8)[None].repeat(LEVELS, 0)
+    monkeypatch.setattr(sam_scenes, "recolour", lambda image, rng: image)
+    monkeypatch.setattr(sam_scenes.np, "rot90", lambda a, *_, **__: a)  # turns would hide a shift
+    rng, shifts = np.random.default_rng(1), []
+    for _ in range(40):
+        drawn, found = augment(image, levels, rng, size)
+        drawn, found = drawn[..., 0] / 255, found[0].astype(float)
+        if found[[0, -1]].any() or found[:, [0, -1]].any():
+            continue  # cut by the border
+        middles = [ndimage.center_of_mass(picture)[0] for picture in (drawn, found)]
+        shifts.append(middles[1] - middles[0])
+    assert len(shifts) > 10 and np.abs(np.mean(shifts)) < 0.05
 
 
 def test_lumina_are_the_light_parts_of_glands():
