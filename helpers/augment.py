@@ -9,6 +9,10 @@ import torch
 from torchvision.transforms import v2
 
 
+#: What CutOut leaves of a square.
+GREY = 0.5
+
+
 def traditional(image_size: int) -> v2.Transform:
     """Flips, blur, noise, and shifts of hue, saturation and contrast, as in the paper.
 
@@ -35,7 +39,10 @@ def traditional(image_size: int) -> v2.Transform:
 
 
 def cutout(share: float = 0.2, *, p: float = 1.0) -> v2.Transform:
-    """Erase one random square of an image: CutOut (DeVries and Taylor, 2017).
+    """Put grey in the place of one random square of an image: CutOut (DeVries and Taylor, 2017).
+
+    Grey of 0.5 is about what normalisation turns into zero, as there; black is a colour that no
+    tissue has.
 
     Parameters
     ----------
@@ -48,11 +55,11 @@ def cutout(share: float = 0.2, *, p: float = 1.0) -> v2.Transform:
     Returns
     -------
     torchvision.transforms.v2.Transform
-        For (3, H, W) tensors.
+        For (3, H, W) float tensors in [0, 1].
     """
     if not 0 < share <= 0.9:
         raise ValueError(f"share is {share}: the erased part of an image lies in (0, 0.9]")
-    return v2.RandomErasing(p=p, scale=(share, share), ratio=(1.0, 1.0), value=0)
+    return v2.RandomErasing(p=p, scale=(share, share), ratio=(1.0, 1.0), value=GREY)
 
 
 def mixup(n_classes: int, *, alpha: float = 0.4) -> v2.Transform:

