@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torchvision.transforms import v2
 
-
 #: What CutOut leaves of a square.
 GREY = 0.5
 
