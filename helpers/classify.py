@@ -10,6 +10,7 @@ one generator.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import numbers
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -258,8 +259,8 @@ def fit(
         Source of the order and of all augmentation; the same state gives the same weights.
     device : str
     checkpoint : path or str, optional
-        Written after each epoch; a training that finds the file goes on from it. Remove it when
-        the training is done with.
+        Written after each epoch; a training that finds the file goes on from it. Images, labels and
+        settings are compared, augmentation is not. Remove it when the training is done with.
     progress : bool
 
     Returns
@@ -285,6 +286,7 @@ def fit(
     settings = {
         "seed": seed, "images": len(images), "epochs": epochs, "steps_per_epoch": steps_per_epoch,
         "batch_size": batch_size, "rates": [high, low],
+        "images and labels": _digest(images, labels, *(validation or ())),
     }  # fmt: skip
 
     classifier.to(device, memory_format=torch.channels_last)  # faster on CPU and GPU
@@ -500,6 +502,13 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:12]
 
 
 def _keep(path: str | Path | None, classifier, optimiser, settings: dict, state: dict) -> None:

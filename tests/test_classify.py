@@ -266,6 +266,15 @@ def test_resumed_training_equals_the_uninterrupted_one(tmp_path, data):
     assert torch.equal(weights(whole), weights(again))
 
 
+def test_a_checkpoint_of_other_images_or_labels_is_refused(tmp_path, data):
+    path, (images, labels) = tmp_path / "training.pt", data
+    fit(tiny(), data, val_images=images, val_labels=labels, checkpoint=path)
+    for x, y, judged in ((images, labels[::-1], labels), (images[::-1], labels, labels),
+                         (images, labels, labels[::-1])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"begun with images and labels [0-9a-f]{12}"):
+            fit(tiny(), (x, y), val_images=images, val_labels=judged, checkpoint=path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"seed": 1}, "seed"), ({"epochs": 2, "batch_size": 6}, "epochs 4, steps_per_epoch 3, batch"),
