@@ -572,10 +572,11 @@ def absolute(values: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {}
     for name in (*CHECKPOINTS, "latent_images"):
-        path = values.get(name)
-        if isinstance(path, str) and path not in CHECKPOINTS.get(name, ()):
-            if path and Path(path).expanduser().exists():
-                found[name] = str(Path(path).expanduser().resolve())
+        given = values.get(name)
+        if isinstance(given, str) and given and given not in CHECKPOINTS.get(name, ()):
+            path = Path(given).expanduser()
+            if path.exists():
+                found[name] = str(path.resolve())
     return found
 
 

@@ -679,8 +679,10 @@ def _data(params: config.Common) -> str | None:
     for name in ("data_root", "latent_images"):
         if not (given := getattr(params, name, None)) or not Path(given).exists():
             continue
-        folder = Path(given) if Path(given).is_dir() else Path(given).parent
-        tables = [Path(given)] if Path(given).is_file() else sorted(folder.glob("*.csv"))
+        folder, tables = Path(given).parent, [Path(given)]
+        if Path(given).is_dir():
+            folder = Path(given)
+            tables = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv")
         found.append(_listing(folder))
         for table in tables:
             found += [_hashes.file(table), _stats(set(_named_files(table)), folder)]

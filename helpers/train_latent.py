@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from helpers.config import torch_device
 from helpers.diffusion import dsm_loss
-from helpers.files import replacing, sha256
+from helpers.files import replacing
 from helpers.latent import (
     AUTOENCODER_WEIGHTS,
     UNET_WEIGHTS,
@@ -769,7 +769,7 @@ The training curve of this round is in `decoder.json`.
 
 
 def _cached_latents(
-    path: Path, weights: Path, model: LatentDiffusion, scenes: Scenes, recipe: UNetRecipe,
+    path: Path, model: LatentDiffusion, scenes: Scenes, recipe: UNetRecipe,
     log: Callable[[str], None],
 ) -> torch.Tensor:  # fmt: skip
     """Latents of the scenes, from `path` if they were made of the same, with the same settings."""
@@ -777,7 +777,7 @@ def _cached_latents(
     for i in range(len(scenes)):
         pictures.update(np.ascontiguousarray(scenes[i]).data)
     key = [
-        sha256(weights), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
+        _encoder_digest(model), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
         recipe.seed,
     ]  # fmt: skip
     try:
@@ -932,7 +932,7 @@ def _unet_trainer(
     elif o.views is None:
         recipe = replace(recipe, views=max(recipe.views, -(-_FEW // len(scenes))))
     test = encode_scenes(first_stage, Scenes(_images_to_measure(o, 48))).float()
-    z = _cached_latents(o.work / "latents.pt", o.autoencoder, first_stage, scenes, recipe, say)
+    z = _cached_latents(o.work / "latents.pt", first_stage, scenes, recipe, say)
     z = z if times is None else repeated(z, times)
     return UNetTrainer(recipe, first_stage, z, test=test, device=o.device)
 

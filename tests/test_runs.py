@@ -435,12 +435,13 @@ def test_a_table_of_images_counts_with_what_lies_beside_it(tmp_path):
     assert len(found) == 3 and None not in found
 
 
-def test_files_elsewhere_that_a_table_names_count_as_well(tmp_path):
+@pytest.mark.parametrize("name", ["images.csv", "IMAGES.CSV"])
+def test_files_elsewhere_that_a_table_names_count_as_well(tmp_path, name):
     folder, pixels = tmp_path / "tables", tmp_path / "pixels"
     folder.mkdir()
     pixels.mkdir()
     (pixels / "a.png").write_bytes(b"one")
-    table = folder / "images.csv"
+    table = folder / name
     table.write_text("path,label\n..\\pixels\\a.png," + "long" * 100 + "\n")
     for root in (folder, table):
         before = runs._data(SimpleNamespace(data_root=str(root)))

@@ -400,9 +400,7 @@ def test_latents_are_kept_for_the_same_pictures_and_made_anew_if_damaged(pair, i
     path, calls = tmp_path / "latents.pt", []
 
     def latents(scenes):
-        return train_latent._cached_latents(
-            path, tmp_path / "autoencoder.safetensors", pair, Scenes(scenes), UNET, calls.append
-        )
+        return train_latent._cached_latents(path, pair, Scenes(scenes), UNET, calls.append)
 
     z = latents(images)
     assert torch.equal(latents(images), z) and len(calls) == UNET.views
@@ -514,8 +512,7 @@ def test_few_own_images_are_seen_in_many_views(folders, pair, tmp_path, monkeypa
     seen = []
     monkeypatch.setattr(train_latent, "load_autoencoder", lambda *_, **__: pair)
     monkeypatch.setattr(train_latent, "encode_scenes", mock.Mock())
-    monkeypatch.setattr(train_latent, "sha256", lambda path: "")
-    monkeypatch.setattr(train_latent, "_cached_latents", lambda *given: seen.append(given[4].views))
+    monkeypatch.setattr(train_latent, "_cached_latents", lambda *given: seen.append(given[3].views))
     monkeypatch.setattr(train_latent, "UNetTrainer", mock.Mock())
     for options in ([], ["--views", "3"]):
         main(["unet", *folders, *options])
