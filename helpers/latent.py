@@ -11,6 +11,7 @@ Conventions: images are NCHW float tensors in [-1, 1], latents NCHW with unit va
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -390,6 +391,22 @@ def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[
     return {key: value.float() for key, value in state.items()}, config
 
 
+def weights_digest(*networks: nn.Module, more: str = "") -> str:
+    """SHA-256 of the weights of networks, whatever the file that they came from."""
+    digest = hashlib.sha256(more.encode())
+    for network in networks:
+        for name, value in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoder_digest(model: LatentDiffusion) -> str:
+    """Digest of what latents depend on; the decoder may be trained on."""
+    parts = model.autoencoder.encoder, model.autoencoder.quant_conv
+    return weights_digest(*parts, more=f"{model.shift} {model.scale}")
+
+
 def load_autoencoder(path: str | Path = AUTOENCODER_WEIGHTS, **options: Any) -> LatentDiffusion:
     """Load a first stage alone.
 
@@ -455,7 +472,8 @@ def load_latent_diffusion(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is of another kind; the message says what was found.
+        If the file is of another kind (the message says what was found), or the noise network was
+        trained on the latents of another autoencoder.
     """
     path = _WEIGHTS if str(checkpoint) == "small" else Path(checkpoint)
     if not path.exists():
@@ -470,6 +488,12 @@ def load_latent_diffusion(
         unet.load_state_dict(state)
         options = {**config["model"], "unet": unet, "autocast": autocast}
         model = load_autoencoder(path / "autoencoder.safetensors", **options)
+        digest = encoder_digest(model)
+        if config.get("builds_on", {}).get("first stage", digest) != digest:
+            raise ValueError(
+                f"unet.safetensors in {path} was trained on the latents of another autoencoder "
+                "than the one beside it: keep the files of one training together"
+            )
     else:
         model = _from_compvis(path, autocast)
     model = model.to(device)

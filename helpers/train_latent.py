@@ -35,12 +35,14 @@ from helpers.latent import (
     LatentDiffusion,
     build_autoencoder,
     build_unet,
+    encoder_digest,
     load_autoencoder,
     load_latent_diffusion,
     psnr,
     save_weights,
     to_tensor,
     to_uint8,
+    weights_digest,
 )
 from helpers.latent_scenes import (
     Scenes,
@@ -367,9 +369,9 @@ class DecoderTrainer(Trainer):
         autoencoder = model.autoencoder
         parts = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
         super().__init__(recipe, parts, device, **_ADAMW)
-        self.builds_on = {"first stage": _encoder_digest(model)}
+        self.builds_on = {"first stage": encoder_digest(model)}
         if recipe.smoothed + recipe.sampled > 0:
-            self.builds_on["noise network"] = _digest(model.unet)
+            self.builds_on["noise network"] = weights_digest(model.unet)
         self.discriminator = Discriminator(recipe.judge_channels).to(
             self.device, memory_format=torch.channels_last
         )
@@ -501,22 +503,6 @@ class DecoderTrainer(Trainer):
         _add_to_card(self, Path(path), command)
 
 
-def _digest(*networks: nn.Module, more: str = "") -> str:
-    """SHA-256 of the weights of networks, whatever the file that they came from."""
-    digest = hashlib.sha256(more.encode())
-    for network in networks:
-        for name, value in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _encoder_digest(model: LatentDiffusion) -> str:
-    """Digest of what latents depend on; the decoder may go on."""
-    parts = model.autoencoder.encoder, model.autoencoder.quant_conv
-    return _digest(*parts, more=f"{model.shift} {model.scale}")
-
-
 class UNetTrainer(Trainer):
     """Noise network: denoising score matching (Eq. 4) on the latents of the first stage.
 
@@ -548,7 +534,7 @@ class UNetTrainer(Trainer):
         if recipe.start:
             _take_weights(unet, load_latent_diffusion(recipe.start).unet, recipe)
         super().__init__(recipe, unet, device, **_ADAMW)
-        self.builds_on = {"first stage": _encoder_digest(first_stage)}
+        self.builds_on = {"first stage": encoder_digest(first_stage)}
         self.first_stage, self.z, self.test = first_stage.to(self.device), z, test
         self.keep_config = {"latent_patch": recipe.latent_patch, "prediction": "v_prediction"}
 
@@ -600,7 +586,8 @@ class UNetTrainer(Trainer):
 
     def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
-        save_weights(path, "unet", self.average, {"build": self.build, "model": self.keep_config})
+        config = {"build": self.build, "model": self.keep_config, "builds_on": self.builds_on}
+        save_weights(path, "unet", self.average, config)
         self.write_log(path)
         r = self.recipe
         p = r.latent_patch
@@ -777,7 +764,7 @@ def _cached_latents(
     for i in range(len(scenes)):
         pictures.update(np.ascontiguousarray(scenes[i]).data)
     key = [
-        _encoder_digest(model), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
+        encoder_digest(model), pictures.hexdigest(), len(scenes), recipe.views, recipe.jitter,
         recipe.seed,
     ]  # fmt: skip
     try:

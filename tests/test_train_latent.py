@@ -219,6 +219,17 @@ def pair(images, tmp_path):
     return load_latent_diffusion(tmp_path)
 
 
+def test_a_noise_network_belongs_to_its_encoder(pair, images, tmp_path):
+    DecoderTrainer(DECODER, pair, Scenes(images)).export(
+        tmp_path / "autoencoder.safetensors", "command"
+    )
+    load_latent_diffusion(tmp_path)  # another decoder is fine
+    other = AutoencoderTrainer(replace(AE, seed=AE.seed + 1), Scenes(images))
+    other.export(tmp_path / "autoencoder.safetensors", "command")
+    with pytest.raises(ValueError, match=r"latents of another autoencoder .* keep the files"):
+        load_latent_diffusion(tmp_path)
+
+
 def test_decoder_learns_resumes_and_leaves_the_encoder_alone(pair, images, tmp_path):
     encoder = {k: v.clone() for k, v in pair.autoencoder.state_dict().items() if "encoder" in k}
     decoder = pair.autoencoder.decoder.conv_out.weight.clone()
