@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import training
+from helpers.config import torch_device
 from helpers.crops import crop_boxes, inner_edges, nearest, reaches
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
@@ -329,7 +330,29 @@ def evaluate(
         ``oracle_iou`` (best of the three masks of each layer), ``picked_iou`` (highest predicted
         IoU), ``recall_50`` of the picked mask, NaN where there is no instance; ``n``.
     """
-    oracle, picked = [], []
+    return evaluate_layers(
+        sam, images, instances, rng=rng, clicks_each=clicks_each, crop_n_layers=crop_n_layers
+    )[-1]
+
+
+@torch.no_grad()
+def evaluate_layers(
+    sam: Sam,
+    images: Iterable[np.ndarray],
+    instances: Iterable[np.ndarray],
+    *,
+    rng: np.random.Generator,
+    clicks_each: int = 1,
+    crop_n_layers: int = 0,
+) -> list[dict[str, float]]:
+    """Measure the same clicks with no layer of crops, one, and so on to `crop_n_layers`.
+
+    Returns
+    -------
+    list of dict
+        What :func:`evaluate` returns for each number of layers.
+    """
+    iou, score = [np.zeros((0, crop_n_layers + 1, 3))], [np.zeros((0, crop_n_layers + 1, 3))]
     for image, labels in zip(images, instances, strict=True):
         ids, areas = np.unique(labels[labels > 0], return_counts=True)
         ids = np.repeat(ids[areas >= AREA_RANGE[0] * labels.size], clicks_each)
@@ -337,17 +360,27 @@ def evaluate(
             continue
         inside = [np.argwhere(labels == i) for i in ids]
         points = [pixels[int(rng.integers(len(pixels)))][::-1] for pixels in inside]
-        iou, score = _answers(sam, image, labels, ids, np.array(points), crop_n_layers)
-        oracle += iou.max(1).tolist()
-        picked += np.take_along_axis(iou, score.argmax(1)[:, None], 1)[:, 0].tolist()
-    picked = np.array(picked)
-    of_each = {"oracle_iou": oracle, "picked_iou": picked, "recall_50": picked >= 0.5}
+        answers = _answers(sam, image, labels, ids, np.array(points), crop_n_layers)
+        iou.append(answers[0])
+        score.append(answers[1])
+    iou, score = np.concatenate(iou), np.concatenate(score)
+    return [_scores(iou[:, :k], score[:, :k]) for k in range(1, crop_n_layers + 2)]
+
+
+def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """Means over the clicks, of the best of their masks and of that of the highest score."""
+    iou, score = (x.reshape(len(x), x.shape[1] * x.shape[2]) for x in (iou, score))
+    picked = np.take_along_axis(iou, score.argmax(1)[:, None], 1)[:, 0]
+    of_each = {"oracle_iou": iou.max(1), "picked_iou": picked, "recall_50": picked >= 0.5}
     means = {name: float(np.mean(v)) if len(v) else np.nan for name, v in of_each.items()}
-    return {**means, "n": len(oracle)}
+    return {**means, "n": len(iou)}
 
 
 def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """IoU with its instance, and predicted IoU (-1 where a crop cuts it), of each click's masks."""
+    """IoU with its instance, and predicted IoU (-1 where a crop cuts it), of each click's masks.
+
+    Both have the shape (clicks, layers + 1, 3).
+    """
     predictor, size = SamPredictor(sam), labels.shape
     iou, score = np.zeros((2, len(ids), n_layers + 1, 3))
     for layer, boxes in enumerate(crop_boxes(size, n_layers)):
@@ -363,7 +396,19 @@ def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray
                 both = (masks & truth[y0:y1, x0:x1]).sum((1, 2))
                 iou[i, layer] = both / (masks.sum((1, 2)) + truth.sum() - both)
                 score[i, layer] = np.where(reaches(masks, inner), -1, predicted)
-    return iou.reshape(len(ids), -1), score.reshape(len(ids), -1)
+    return iou, score
+
+
+def measure_files(paths: Sequence[str | Path], *, n: int = 24, crop_n_layers: int = 3) -> None:
+    """Print what a click gives with the weights of each file, on `n` unseen phantoms."""
+    test = held_out(n)
+    print("IoU of the best and of the preferred mask, in the whole image and in layers of crops")
+    for path in paths:
+        found = evaluate_layers(
+            load_sam(path), *test, rng=np.random.default_rng(0), crop_n_layers=crop_n_layers
+        )
+        scores = "  ".join(f"{s['oracle_iou']:.3f} {s['picked_iou']:.3f}" for s in found)
+        print(f"{Path(path).stem:16s} {found[0]['n']} glands:  {scores}", flush=True)
 
 
 # --------------------------------------------------------------------------- training
@@ -409,6 +454,18 @@ def load_imagenet(body: nn.Module, kind: str) -> None:
 
     weights = lite_state_dict(kind)
     body.load_state_dict({key: weights[key] for key in body.state_dict()})
+
+
+def _depthwise_in_full(encoder: nn.Module) -> None:
+    """Leave depthwise convolutions out of lower precision: a CPU has no fast gradient of them."""
+
+    def in_full(x: torch.Tensor, *, forward: Callable[[torch.Tensor], torch.Tensor]):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float()).to(x.dtype)
+
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = partial(in_full, forward=module.forward)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -463,6 +520,8 @@ class Trainer(training.Trainer):
         elif recipe.pretrained:
             load_imagenet(sam.image_encoder.body, recipe.body)
         model = Trainee(sam, bf16=recipe.bf16)
+        if recipe.bf16 and torch.device(torch_device(device)).type == "cpu":
+            _depthwise_in_full(sam.image_encoder)
         body = list(sam.image_encoder.body.parameters())
         known = {id(q) for q in body}
         rest = [q for q in model.parameters() if id(q) not in known]
@@ -658,8 +717,14 @@ def main(argv: list[str] | None = None) -> None:
         help="processes that draw scenes, and that make batches ahead",
     )
     training.add_average(parser)
+    parser.add_argument(
+        "--measure", nargs="+", metavar="FILE", help="measure these weights instead of training"
+    )
     add_recipe(parser)
     options = parser.parse_args(argv)
+    if options.measure:
+        measure_files(options.measure)
+        return
     if options.average:
         training.average(options.average, options.weights)
         return

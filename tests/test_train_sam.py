@@ -14,6 +14,7 @@ import torch
 from skimage.measure import label
 
 from helpers import train_sam
+from helpers.crops import crop_boxes
 from helpers.sam import load_sam
 from helpers.sam_scenes import (
     LEVELS,
@@ -32,6 +33,7 @@ from helpers.train_sam import (
     clicks,
     command_line,
     evaluate,
+    evaluate_layers,
     export,
     load_imagenet,
     main,
@@ -316,6 +318,25 @@ def test_a_run_whose_rate_decays_resumes(folder, tmp_path):
     assert rates == [group["lr"] for group in trainer.optimiser.param_groups]
 
 
+def test_lower_precision_on_a_cpu_leaves_depthwise_convolutions_in_full(folder):
+    trainer = Trainer(replace(RECIPE, bf16=True), Scenes(folder / "scenes"))
+    seen = {True: set(), False: set()}  # depthwise or not: precisions of what goes in
+    convolution = torch.nn.functional.conv2d
+
+    def spy(x, weight, bias, stride, padding, dilation, groups):
+        seen[groups > 1].add((x.dtype, torch.is_autocast_enabled("cpu")))
+        return convolution(x, weight, bias, stride, padding, dilation, groups)
+
+    with mock.patch("torch.nn.functional.conv2d", spy):
+        losses = trainer.advance()
+    assert seen[True] == {(torch.float32, False)}
+    assert {autocast for _, autocast in seen[False]} >= {True}
+    full = Trainer(RECIPE, Scenes(folder / "scenes")).advance()
+    assert losses["loss"] != full["loss"] and losses["loss"] == pytest.approx(
+        full["loss"], rel=0.05
+    )
+
+
 def test_a_few_steps_lower_the_loss(folder):
     trainer = Trainer(
         replace(RECIPE, steps=40, pretrained=True, prompts=4, correct=0.0),
@@ -427,15 +448,31 @@ def test_a_click_is_asked_again_in_the_nearest_crop_of_each_layer():
             assert score == {"oracle_iou": 1, "picked_iou": 1, "recall_50": 1, "n": 8}
 
 
-def test_more_layers_never_make_the_best_mask_worse(folder):
+def test_layers_measured_together_are_those_measured_alone(folder):
     images, instances = held_out(2, size=128)
     sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
-    best = [
+    alone = [
         evaluate(sam, images, instances, rng=np.random.default_rng(0), crop_n_layers=layers)
         for layers in (0, 1, 2)
     ]
-    assert best[0]["oracle_iou"] <= best[1]["oracle_iou"] <= best[2]["oracle_iou"]
-    assert len({score["n"] for score in best}) == 1
+    best = [score["oracle_iou"] for score in alone]
+    assert best == sorted(best) and len({score["n"] for score in alone}) == 1
+    together = evaluate_layers(
+        sam, images, instances, rng=np.random.default_rng(0), crop_n_layers=2
+    )
+    assert together == alone
+
+
+def test_weights_are_measured_by_name_and_by_path(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_sam, "held_out", lambda n: held_out(1, size=96))
+    monkeypatch.setattr(train_sam, "crop_boxes", lambda size, n: crop_boxes(size, 0))
+    file = tmp_path / "mine.safetensors"
+    export(Trainer(RECIPE, Scenes(folder / "scenes")), file)
+    main(["--measure", "small", str(file)])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["small", "mine"]
+    best, preferred = map(float, lines[0].split(":")[1].split()[:2])
+    assert 0 < preferred <= best <= 1
 
 
 def test_command_line_of_a_recipe_gives_that_recipe_back():
