@@ -356,8 +356,9 @@ def build_unet(
 
 
 def save_weights(
-    path: Path, kind: str, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> None:
+    path: Path, kind: str, state: Mapping[str, torch.Tensor], config: Mapping[str, Any],
+    *, builds_on: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write weights as fp16 safetensors, atomically, with what is needed to build the network.
 
     Parameters
@@ -369,9 +370,14 @@ def save_weights(
         State dictionary.
     config : mapping
         Arguments of the builder and of :class:`LatentDiffusion`, kept as JSON in the header.
+    builds_on : mapping of str to str, optional
+        Digests of the networks that these weights belong to, by name; kept likewise.
     """
     tensors = {key: value.half() for key, value in state.items()}
-    write_weights(path, tensors, {"config": json.dumps({"kind": kind, **config})})
+    said = {"config": json.dumps({"kind": kind, **config})}
+    if builds_on:
+        said["builds_on"] = json.dumps(dict(builds_on), sort_keys=True)
+    write_weights(path, tensors, said)
 
 
 def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -388,6 +394,7 @@ def _read_weights(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[
             f"{path.name} holds no {kind!r} weights (kind: {config.get('kind')!r}): give the "
             "file that helpers.train_latent wrote"
         )
+    config["builds_on"] = json.loads(metadata.get("builds_on", "{}"))
     return {key: value.float() for key, value in state.items()}, config
 
 
@@ -488,8 +495,8 @@ def load_latent_diffusion(
         unet.load_state_dict(state)
         options = {**config["model"], "unet": unet, "autocast": autocast}
         model = load_autoencoder(path / "autoencoder.safetensors", **options)
-        digest = encoder_digest(model)
-        if config.get("builds_on", {}).get("first stage", digest) != digest:
+        trained_on = config["builds_on"].get("first stage")
+        if trained_on is not None and trained_on != encoder_digest(model):
             raise ValueError(
                 f"unet.safetensors in {path} was trained on the latents of another autoencoder "
                 "than the one beside it: keep the files of one training together"

@@ -586,8 +586,8 @@ class UNetTrainer(Trainer):
 
     def export(self, path: Path, command: str) -> None:
         """Write weights, curve and model card."""
-        config = {"build": self.build, "model": self.keep_config, "builds_on": self.builds_on}
-        save_weights(path, "unet", self.average, config)
+        config = {"build": self.build, "model": self.keep_config}
+        save_weights(path, "unet", self.average, config, builds_on=self.builds_on)
         self.write_log(path)
         r = self.recipe
         p = r.latent_patch

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,7 +30,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import training
-from helpers.config import torch_device
 from helpers.crops import crop_boxes, inner_edges, nearest, reaches
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
@@ -298,8 +298,15 @@ def _quarters(masks: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def evaluate(
+    sam: Sam, images: Iterable[np.ndarray], instances: Iterable[np.ndarray], **how: Any
+) -> dict[str, float]:
+    """Measure one-click masks as :func:`evaluate_layers` does, with all layers together."""
+    return evaluate_layers(sam, images, instances, **how)[-1]
+
+
+@torch.no_grad()
+def evaluate_layers(
     sam: Sam,
     images: Iterable[np.ndarray],
     instances: Iterable[np.ndarray],
@@ -307,7 +314,7 @@ def evaluate(
     rng: np.random.Generator,
     clicks_each: int = 1,
     crop_n_layers: int = 0,
-) -> dict[str, float]:
+) -> list[dict[str, float]]:
     """Measure one-click masks: one random pixel inside each instance.
 
     Parameters
@@ -326,31 +333,10 @@ def evaluate(
 
     Returns
     -------
-    dict
+    list of dict
+        For the same clicks with no layer of crops, one, and so on to `crop_n_layers`:
         ``oracle_iou`` (best of the three masks of each layer), ``picked_iou`` (highest predicted
         IoU), ``recall_50`` of the picked mask, NaN where there is no instance; ``n``.
-    """
-    return evaluate_layers(
-        sam, images, instances, rng=rng, clicks_each=clicks_each, crop_n_layers=crop_n_layers
-    )[-1]
-
-
-@torch.no_grad()
-def evaluate_layers(
-    sam: Sam,
-    images: Iterable[np.ndarray],
-    instances: Iterable[np.ndarray],
-    *,
-    rng: np.random.Generator,
-    clicks_each: int = 1,
-    crop_n_layers: int = 0,
-) -> list[dict[str, float]]:
-    """Measure the same clicks with no layer of crops, one, and so on to `crop_n_layers`.
-
-    Returns
-    -------
-    list of dict
-        What :func:`evaluate` returns for each number of layers.
     """
     iou, score = [np.zeros((0, crop_n_layers + 1, 3))], [np.zeros((0, crop_n_layers + 1, 3))]
     for image, labels in zip(images, instances, strict=True):
@@ -520,8 +506,6 @@ class Trainer(training.Trainer):
         elif recipe.pretrained:
             load_imagenet(sam.image_encoder.body, recipe.body)
         model = Trainee(sam, bf16=recipe.bf16)
-        if recipe.bf16 and torch.device(torch_device(device)).type == "cpu":
-            _depthwise_in_full(sam.image_encoder)
         body = list(sam.image_encoder.body.parameters())
         known = {id(q) for q in body}
         rest = [q for q in model.parameters() if id(q) not in known]
@@ -537,6 +521,8 @@ class Trainer(training.Trainer):
             weight_decay=recipe.weight_decay,
         )
         sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
+        if recipe.bf16 and self.device.type == "cpu":
+            _depthwise_in_full(sam.image_encoder)
         self.scenes, self.test, self.workers = scenes, test, workers
         self._ahead: Iterator[tuple[int, dict]] = iter(())
 

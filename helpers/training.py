@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -156,7 +157,8 @@ def average(paths: Sequence[Path], path: Path) -> None:
     Parameters
     ----------
     paths : sequence of Path
-        Safetensors that a training exported. What they say of themselves is taken from the first.
+        Safetensors that a training exported. What they say of themselves is taken from the first
+        that says it.
     path : Path
         Where the mean goes, in the same precision. The model card beside it, if there is one, gets
         its digest, and says of which files it is the mean.
@@ -169,7 +171,9 @@ def average(paths: Sequence[Path], path: Path) -> None:
     if not paths:
         raise ValueError("no weights to average: give at least one file")
     said, states = zip(*map(read_weights, paths), strict=True)
-    if len(kinds := {each.get("config") for each in said}) > 1:
+    configs = {each.get("config") for each in said}
+    others = {each["builds_on"] for each in said if "builds_on" in each}  # older files say nothing
+    if kinds := next((found for found in (configs, others) if len(found) > 1), None):
         raise ValueError(
             f"{', '.join(map(str, paths))} say different things of themselves "
             f"({'; '.join(map(str, kinds))}), such as the scale of their latents: average rounds "
@@ -187,7 +191,7 @@ def average(paths: Sequence[Path], path: Path) -> None:
         else last
         for key, last in states[-1].items()
     }
-    write_weights(path, mean, {**said[0], "mean_of": str(len(states))})
+    write_weights(path, mean, {**ChainMap(*said), "mean_of": str(len(states))})
     if (card := Path(path).with_suffix(".md")).exists():
         names = ", ".join(f"`{Path(each).name}`" for each in paths)
         text = with_digest(card.read_text(encoding="utf-8"), path)

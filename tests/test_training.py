@@ -280,6 +280,19 @@ def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):
     torch.testing.assert_close(mean["w"].double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_average_keeps_what_a_network_builds_on_and_refuses_two_of_these(tmp_path, first):
+    """Older files do not say it; those that do have to agree."""
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for file, said in zip(files, ({}, {"builds_on": "a"}, {"builds_on": "b"}), strict=True):
+        save_file({"w": torch.zeros(2)}, str(file), metadata={"config": "{}", **said})
+    average([files[first], files[1 - first]], tmp_path / "mean.safetensors")
+    with safe_open(str(tmp_path / "mean.safetensors"), framework="pt") as file:
+        assert file.metadata() == {"config": "{}", "builds_on": "a", "mean_of": "2"}
+    with pytest.raises(ValueError, match=r"say different things .*\((a; b|b; a)\)"):
+        average(files, tmp_path / "mean.safetensors")
+
+
 def test_average_refuses_latents_of_other_scales(tmp_path):
     files = [tmp_path / f"{k}.safetensors" for k in range(2)]
     for scale, file in enumerate(files):
