@@ -24,8 +24,9 @@ from segment_anything.modeling import Sam
 
 from helpers.crops import Box, crop_boxes, explained, resample, share_out, without
 from helpers.files import read_json, replacing
+from helpers.images import MIN_SIDE, check_image
 from helpers.processes import in_threads
-from helpers.sam import MIN_SIDE, Embedding, Proposals, check_image, embed, propose
+from helpers.sam import Embedding, Proposals, embed, propose
 from helpers.segment_table import Segments, cut_by_border, join, load_coco, save_coco
 from helpers.superpixels import draw_points, most_superpixels, superpixels
 

@@ -20,7 +20,8 @@ from skimage.segmentation import felzenszwalb
 from sklearn.cluster import AgglomerativeClustering
 
 from helpers.anchors import Prompted, anchors, match_glands, take
-from helpers.sam import check_image, default_batch
+from helpers.images import check_image
+from helpers.sam import default_batch
 from helpers.superpixels import slic_labels
 
 #: Compactness and sigma of SLIC as a baseline: the customary ones, smoothed.

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from helpers import features
 from helpers.files import replacing
+from helpers.images import check_images
 from helpers.weights import read_tensors
 
 #: Networks of the paper, and the small one whose ImageNet weights are always at hand.
@@ -345,7 +346,7 @@ def predict(
     (n, n_classes) float32 ndarray
         Rows sum to 1.
     """
-    images = _pictures(images, "given")
+    images = check_images(images)
     classifier.to(device).eval()  # outside of inference mode: what is moved in it cannot be trained
     out = np.empty((len(images), classifier.n_classes), np.float32)
     with torch.inference_mode():
@@ -458,7 +459,7 @@ def _validate(classifier, images, labels, batch: int, device: str) -> dict[str, 
 
 
 def _checked(images, labels, n_classes: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = _pictures(images, kind), np.asarray(labels)
+    images, labels = check_images(images, f"{kind} images"), np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise ValueError(
             f"{kind} labels are {labels.dtype} of shape {labels.shape}: give one class index for "
@@ -470,16 +471,6 @@ def _checked(images, labels, n_classes: int, kind: str) -> tuple[np.ndarray, np.
             f"they lie between 0 and {n_classes - 1}"
         )
     return images, labels.astype(np.int64)
-
-
-def _pictures(images, kind: str) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(
-            f"{kind} images are {images.dtype} of shape {images.shape}, expected uint8 of shape "
-            "(n, H, W, 3): bring them to one size with classify.resize"
-        )
-    return images
 
 
 def _tensor(images: np.ndarray) -> torch.Tensor:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 
+from helpers.images import check_images
 from helpers.latent import LatentDiffusion, latent_known, to_tensor, to_uint8
 from helpers.samplers import (
     METHODS,
@@ -264,11 +265,7 @@ def _in_batches(
 
 
 def _check(images: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    images, unknown = np.asarray(images), np.asarray(unknown)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images of shape {images.shape} and type {images.dtype}: give (N, H, W, 3) uint8"
-        )
+    images, unknown = check_images(images), np.asarray(unknown)
     if unknown.shape != images.shape[:3] or unknown.dtype != bool:
         raise ValueError(
             f"unknown of shape {unknown.shape} and type {unknown.dtype} does not fit images of "

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from helpers.config import torch_device
+from helpers.images import check_image
 from helpers.pool import Pool, append, check_leakage
 from helpers.segment_table import Segments, drop_duplicates, rows_by_image, tidy
 from helpers.weights import read_tensors
@@ -132,10 +133,7 @@ def crop(
     """
     if background not in _BACKGROUNDS:
         raise ValueError(f"background={background!r} is unknown: use one of {_BACKGROUNDS}")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"the image is {image.dtype} of shape {image.shape}: give RGB, (H, W, 3) uint8"
-        )
+    image = check_image(image)
     if mask.shape != image.shape[:2]:
         raise ValueError(f"the mask has shape {mask.shape}, the image {image.shape[:2]}")
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))

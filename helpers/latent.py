@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.images import check_images
 from helpers.weights import read_tensors, read_weights, write_weights
 
 _WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
@@ -62,11 +63,7 @@ def to_tensor(images: np.ndarray | Sequence[np.ndarray], *, device: str = "cpu")
         If the array is not uint8 RGB.
     """
     array = np.asarray(images)
-    array = array[None] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise ValueError(
-            f"images of shape {array.shape} and type {array.dtype}: give (N, H, W, 3) uint8"
-        )
+    array = check_images(array[None] if array.ndim == 3 else array)
     tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
     return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 

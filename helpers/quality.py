@@ -28,6 +28,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from helpers.images import check_image
+
 #: Images that each sample of x and of y shows, and the class of each.
 Origins = tuple[Sequence[Collection[str]], Sequence[Collection[str]]]
 Classes = tuple[Sequence[str], Sequence[str]]
@@ -369,7 +371,7 @@ def normal_gradient(image: np.ndarray, mask: np.ndarray, *, sigma: float = 1.0) 
         Absolute derivative along the normal, luminance in [0, 1] per pixel; empty if the mask has
         no outline inside the image.
     """
-    image, mask = _image(image), _mask(mask, image)
+    image, mask = check_image(image), _mask(mask, image)
     if not mask.any() or mask.all():
         return np.empty(0)
     pad = int(np.ceil(4 * sigma)) + 2
@@ -516,7 +518,7 @@ def outline_strips(
         From outside to inside along the second last axis. Strips that reach the border of the
         image are left out, and so are ends of outlines shorter than a strip.
     """
-    image, mask = _image(image), _mask(mask, image)
+    image, mask = check_image(image), _mask(mask, image)
     inside = mask.astype(np.uint8)
     distance = cv2.distanceTransform(inside, cv2.DIST_L2, 5)
     distance -= cv2.distanceTransform(1 - inside, cv2.DIST_L2, 5)
@@ -677,15 +679,6 @@ def _numbers(strips: np.ndarray) -> np.ndarray:
     lines = (lines - lines.mean(1, keepdims=True)) / (spread[:, None] + 1e-3)
     alike = (lines[:, :, 1:] * lines[:, :, :-1]).mean(1)
     return np.concatenate([np.log1p(across), np.log1p(along), np.log1p(spread), alike], axis=1)
-
-
-def _image(image) -> np.ndarray:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image has shape {image.shape} and dtype {image.dtype}: give (H, W, 3) uint8 RGB"
-        )
-    return image
 
 
 def _mask(mask, image: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from helpers.draws import CompositeError, Sampler, effective_sources
+from helpers.images import check_image
 from helpers.placement import (
     LOBES,
     affine_at_border,
@@ -599,11 +600,7 @@ def _check_compose(
 
 
 def _check_image(image: np.ndarray, size: tuple[int, int], image_id: str) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"image {image_id!r} has shape {image.shape} and dtype {image.dtype}: give (H, W, 3) "
-            "uint8"
-        )
+    check_image(image, f"image {image_id!r}")
     if image.shape[:2] != size:
         raise ValueError(
             f"image {image_id!r} is {image.shape[0]} x {image.shape[1]} pixels, its segments in "

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from helpers import files
 from helpers.config import torch_device
 from helpers.crops import Box, inner_edges, reaches
+from helpers.images import check_image
 from helpers.processes import at_once, in_threads
 from helpers.weights import read_tensors, read_weights
 
@@ -521,25 +522,6 @@ def _region(side: int, input_size: tuple[int, int], image_size: int) -> tuple[in
     """Rows and columns of a low-resolution mask that the image covers."""
     h, w = (max(1, round(side * s / image_size)) for s in input_size)
     return h, w
-
-
-#: Shortest side of an image, in pixels.
-MIN_SIDE = 8
-
-
-def check_image(image: np.ndarray) -> np.ndarray:
-    """Return `image` if it is an (H, W, 3) uint8 array, else raise ``ValueError``."""
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image has shape {image.shape} and dtype {image.dtype}; expected (H, W, 3) uint8 in "
-            "RGB order. Convert grey or RGBA images with PIL's convert('RGB')."
-        )
-    if min(image.shape[:2]) < MIN_SIDE:
-        raise ValueError(
-            f"image of {image.shape[:2]} pixels is too small; both sides need >= {MIN_SIDE}."
-        )
-    return image
 
 
 @torch.no_grad()

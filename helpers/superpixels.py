@@ -8,7 +8,7 @@ import numpy as np
 from skimage.segmentation import slic
 from skimage.util import regular_grid
 
-from helpers.sam import check_image
+from helpers.images import check_image
 
 #: Returned and asked numbers of superpixels may differ by this factor before a warning.
 TOLERANCE = 1.5

@@ -112,7 +112,7 @@ def test_crop_errors(mask, background, message):
 
 @pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)])
 def test_crop_refuses_what_is_no_rgb_image(image):
-    with pytest.raises(ValueError, match=f"{image.dtype} of shape .* give RGB"):
+    with pytest.raises(ValueError, match=f"dtype {image.dtype}; expected .* uint8 in RGB"):
         features.crop(image, np.ones((8, 8), bool))
 
 

@@ -334,7 +334,7 @@ def test_bad_input(features):
     with pytest.raises(ValueError, match="not finite"):
         quality.kid(np.where(x == x.max(), np.nan, x), y, rng=rng)
     mask = _disc()
-    with pytest.raises(ValueError, match="uint8 RGB"):
+    with pytest.raises(ValueError, match="uint8 in RGB"):
         quality.normal_gradient(mask.astype(float), mask)
     for wrong in (mask[:-1], mask.astype(int)):
         with pytest.raises(ValueError, match="as the image"):

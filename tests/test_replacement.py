@@ -361,7 +361,7 @@ def test_compose_errors():
         rep.compose(other, "im0", pool, Sampler(pool), images.get, **make)
     enlarged = {k: v if k == "im0" else v.repeat(2, 0).repeat(2, 1) for k, v in images.items()}
     for wrong in (images["im0"] / 255, images["im0"][..., 0]):
-        with pytest.raises(ValueError, match=r"'im0' has shape .*give \(H, W, 3\) uint8"):
+        with pytest.raises(ValueError, match=r"'im0' has shape .*expected \(H, W, 3\) uint8"):
             rep.compose(wrong, "im0", pool, Sampler(pool), images.get, **make)
     with pytest.raises(ValueError, match="is 192 x 192 pixels, its segments in the pool 96 x 96"):
         rep.compose(images["im0"], "im0", pool, Sampler(pool), enlarged.get, **make)
