@@ -2,7 +2,8 @@
 
 Each superpixel gets K proposals, in the whole image and, in finer layers, in crops of it.
 A proposal is summarised by its identity vector, the vectors are clustered, and the most frequent
-mask of the largest cluster becomes the superpixel's anchor.
+mask of the largest cluster becomes the superpixel's anchor: one for each choice among the masks of
+a prompt.
 Identity vectors and clusters are computed on masks of low resolution; only anchors are scaled up.
 Whatever touches pixels runs where the masks are, on a GPU too; only small tables come back.
 """
@@ -26,7 +27,7 @@ from helpers.crops import Box, crop_boxes, explained, resample, share_out, witho
 from helpers.files import read_json, replacing
 from helpers.images import MIN_SIDE, check_image
 from helpers.processes import in_threads
-from helpers.sam import Embedding, Proposals, embed, propose
+from helpers.sam import Embedding, Proposals, check_choices, embed, propose
 from helpers.segment_table import Segments, cut_by_border, join, load_coco, save_coco
 from helpers.superpixels import draw_points, most_superpixels, superpixels
 
@@ -274,8 +275,8 @@ class Segmentation:
     n_superpixels : int
         Asked, in all layers.
     n_dropped : dict of str to int
-        Superpixels without a segment, by reason: empty (or cut by every crop asked), unsure,
-        small, large, duplicate.
+        Anchors that are no segment, by reason: empty (or cut by every crop asked), unsure, small,
+        large, duplicate. There is one for each superpixel and choice of mask.
     """
 
     masks: np.ndarray
@@ -291,10 +292,11 @@ class Segmentation:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Segments, superpixels, segments cut by the border, and what was dropped, by reason."""
+        """Segments, superpixels, anchors, segments cut by the border, and what was dropped."""
         return {
             "segments": len(self),
             "superpixels": self.n_superpixels,
+            "anchors": len(self) + sum(self.n_dropped.values()),
             "cut by border": int(self.border.sum()),
             **self.n_dropped,
         }
@@ -311,8 +313,8 @@ class Prompted:
     points : (n, K, 2) int64 ndarray
         XY of the prompts in the crop.
     proposals : Proposals
-        n x K masks of the crop, superpixel by superpixel; empty where a prompt was not decoded or
-        the crop cuts the mask.
+        C x n x K masks of the crop: for each choice of mask, superpixel by superpixel; empty where
+        a prompt was not decoded or the crop cuts the mask.
     asked : (n, K) bool ndarray
         Which prompts were decoded: all of them without early stopping.
     box : (int, int, int, int)
@@ -358,7 +360,7 @@ def prompt(
     compactness: float = 40.0,
     sigma: float = 2.0,
     points_per_batch: int | None = None,
-    mask_choice: str = "middle",
+    mask_choice: str | Sequence[str] = ("middle", "largest", "best"),
     dtype: torch.dtype | None = None,
     early_stop: bool = False,
     distance_threshold: float = 0.1,
@@ -381,12 +383,13 @@ def prompt(
         paper. Layer l has 4**l crops, and each takes the encoder once.
     explained_iou : float
         Anchors of coarser layers with a predicted IoU above this explain the superpixels inside
-        them: a crop that cuts such an anchor does not ask these again, see
-        :func:`helpers.crops.explained`. 1 asks all.
+        them, if those of every choice of mask do: a crop that cuts such anchors does not ask these
+        superpixels again, see :func:`helpers.crops.explained`. 1 asks all.
     compactness, sigma : float
         Of :func:`helpers.superpixels.superpixels`.
     points_per_batch, mask_choice, dtype
-        Of :func:`helpers.sam.propose`.
+        Of :func:`helpers.sam.propose`. Each choice of mask has an anchor in each superpixel; one
+        choice alone is that of the paper.
     early_stop : bool
         Decode the prompts in rounds, and leave a superpixel alone once it is :func:`settled`.
     distance_threshold, linkage, iou_duplicate
@@ -402,7 +405,7 @@ def prompt(
     ValueError
         If a setting is out of range, or the image too small for so many superpixels or layers.
     """
-    image = check_image(image)
+    image, choices = check_image(image), check_choices(mask_choice)
     size = image.shape[:2]
     how = {"points_per_batch": points_per_batch, "mask_choice": mask_choice, "dtype": dtype}
     clustering = {
@@ -413,13 +416,14 @@ def prompt(
     if not 0 <= explained_iou <= 1:
         raise ValueError(f"explained_iou = {explained_iou}; it must lie in [0, 1].")
     where = {"compactness": compactness, "sigma": sigma, "crop_n_layers": crop_n_layers}
-    prompted, at, sure = [], 0, None
+    prompted, at, sure = [], 0, []
     for layer, box, labels, points in draw_prompts(image, n_segments, n_points, rng=rng, **where):
         if layer > at:
             at, found = layer, _candidates(prompted, **clustering)
-            sure = found["masks"][(found["index"] >= 0) & (found["iou"] > explained_iou)]
-        if layer and len(sure):
-            spared = explained(labels, box, size, sure)
+            good = (found["index"] >= 0) & (found["iou"] > explained_iou)
+            sure = [found["masks"][good & (found["choice"] == c)] for c in range(len(choices))]
+        if layer and all(map(len, sure)):
+            spared = np.all([explained(labels, box, size, masks) for masks in sure], axis=0)
             labels, points = without(labels, spared), points[~spared]
             if not len(points):
                 continue
@@ -512,36 +516,37 @@ def ask_in_rounds(
     asked : (n, K) bool ndarray
     """
     n, k = points.shape[:2]
+    choices = len(check_choices((how or {}).get("mask_choice", "best")))
     side = float(np.sqrt(np.prod(embedding.original_size)))
     asked, unsettled = np.zeros((n, k), bool), np.arange(n)
-    rows, found = [], []
-    masks, iou, at = None, np.zeros((n, k), np.float32), 0
+    padded, masks, iou, at = None, None, np.zeros((choices, n, k), np.float32), 0
     for stop in [*range(k // 2 + 1, k, step), k]:
         part = propose(sam, embedding, points[unsettled, at:stop].reshape(-1, 2), **(how or {}))
-        rows.append((unsettled[:, None] * k + np.arange(at, stop)).ravel())
-        found.append(part)
+        of_round = (choices, len(unsettled), stop - at)
         asked[unsettled, at:stop] = True
-        iou[unsettled, at:stop] = part.iou.reshape(len(unsettled), -1)
+        iou[:, unsettled, at:stop] = part.iou.reshape(of_round)
+        if padded is None:
+            padded = part.padded.new_full((choices, n, k, *part.padded.shape[1:]), -1.0)
+        padded[:, unsettled, at:stop] = part.padded.unflatten(0, of_round)
         if stop == k:  # nothing remains to be spared
             break
-        new = (part.logits > 0).unflatten(0, (len(unsettled), -1))
-        masks = new if masks is None else torch.cat([masks, new], dim=1)
-        vectors, overlap = _compare(masks, embedding.original_size)
-        still_open = np.array(
+        new = (part.logits > 0).unflatten(0, of_round)
+        masks = new if masks is None else torch.cat([masks, new], dim=2)
+        vectors, overlap = _compare(masks.flatten(0, 1), embedding.original_size)
+        done = np.array(
             [
-                not _is_settled(
-                    vectors[j], overlap[j], iou[i, :stop], k - stop,
+                _is_settled(
+                    vectors[j], overlap[j], scores, k - stop,
                     distance_threshold * side, linkage, iou_duplicate,
                 )
-                for j, i in enumerate(unsettled)
+                for j, scores in enumerate(iou[:, unsettled, :stop].reshape(-1, stop))
             ]
         )  # fmt: skip
-        masks, unsettled, at = masks[still_open], unsettled[still_open], stop
+        still_open = ~done.reshape(choices, -1).all(0)
+        masks, unsettled, at = masks[:, still_open], unsettled[still_open], stop
         if not len(unsettled):
             break
-    padded = found[0].padded.new_full((n * k, *found[0].padded.shape[1:]), -1.0)
-    padded[np.concatenate(rows)] = torch.cat([part.padded for part in found])
-    return replace(found[0], padded=padded, iou=iou.ravel()), asked
+    return replace(part, padded=padded.flatten(0, 2), iou=iou.ravel()), asked
 
 
 def _is_settled(vectors, overlap, iou, remaining, threshold, linkage, iou_duplicate) -> bool:
@@ -573,9 +578,8 @@ def take(prompted: Sequence[Prompted], columns: slice) -> list[Prompted]:
     """
     parts = []
     for crop in prompted:
-        n, k = crop.points.shape[:2]
-        rows = np.arange(n * k).reshape(n, k)[:, columns].ravel()
-        proposals = crop.proposals
+        proposals, k = crop.proposals, crop.points.shape[1]
+        rows = np.arange(len(proposals)).reshape(-1, k)[:, columns].ravel()
         part = replace(proposals, padded=proposals.padded[rows], iou=proposals.iou[rows])
         points, asked = crop.points[:, columns], crop.asked[:, columns]
         parts.append(replace(crop, points=points, proposals=part, asked=asked))
@@ -584,19 +588,20 @@ def take(prompted: Sequence[Prompted], columns: slice) -> list[Prompted]:
 
 def choose_anchors(
     proposals: Proposals,
-    n_superpixels: int,
+    n: int,
     *,
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
 ) -> np.ndarray:
-    """Choose the anchor of every superpixel from its K consecutive proposals.
+    """Choose an anchor from every K consecutive proposals.
 
     Parameters
     ----------
     proposals : Proposals
-        n_superpixels x K proposals, superpixel by superpixel.
-    n_superpixels : int
+        n x K proposals, superpixel by superpixel.
+    n : int
+        Superpixels; with C choices of mask C times as many.
     distance_threshold : float
         Relative to the image side s = sqrt(H W).
     linkage, iou_duplicate
@@ -604,16 +609,16 @@ def choose_anchors(
 
     Returns
     -------
-    (n_superpixels,) int64 ndarray
-        Index into `proposals`, -1 where all proposals are empty.
+    (n,) int64 ndarray
+        Index into `proposals`, -1 where all K proposals are empty.
     """
-    masks = (proposals.logits > 0).unflatten(0, (n_superpixels, -1))
+    masks = (proposals.logits > 0).unflatten(0, (n, -1))
     k = masks.shape[1]
     vectors, overlap = _compare(masks, proposals.original_size)
-    scores = proposals.iou.reshape(n_superpixels, k)
+    scores = proposals.iou.reshape(n, k)
     threshold = distance_threshold * float(np.sqrt(np.prod(proposals.original_size)))
-    index = np.full(n_superpixels, -1, np.int64)
-    for i in range(n_superpixels):
+    index = np.full(n, -1, np.int64)
+    for i in range(n):
         filled, labels, among = _cluster_filled(vectors[i], overlap[i], threshold, linkage)
         if not len(filled):
             continue
@@ -636,10 +641,10 @@ def repeated(prompted: Sequence[Prompted], **clustering: Any) -> tuple[np.ndarra
 
     Returns
     -------
-    answered : (n, 2, 2) bool ndarray
+    answered : (C n, 2, 2) bool ndarray
         Whether superpixel, way (its first prompt, its anchor) and run have a mask that is not
-        empty.
-    iou : (n, 2) float64 ndarray
+        empty, for each choice of mask.
+    iou : (C n, 2) float64 ndarray
         Of the masks of the two runs, by superpixel and way; 0 where both are empty.
     """
     answered, overlap = [], []
@@ -653,12 +658,12 @@ def repeated(prompted: Sequence[Prompted], **clustering: Any) -> tuple[np.ndarra
 
 
 def _both_ways(crop: Prompted, **clustering: Any) -> np.ndarray:
-    """Masks (n, 2, h, w) of a crop's superpixels: of the first prompt and of the anchor."""
-    n = len(crop.points)
-    masks, index = crop.proposals.masks(), choose_anchors(crop.proposals, n, **clustering)
+    """Masks (C n, 2, h, w) of a crop's superpixels: of the first prompt and of the anchor."""
+    masks, k = crop.proposals.masks(), crop.points.shape[1]
+    index = choose_anchors(crop.proposals, len(masks) // k, **clustering)
     chosen = masks[index]
     chosen[index < 0] = False
-    return np.stack([masks[:: len(masks) // n], chosen], axis=1)
+    return np.stack([masks[::k], chosen], axis=1)
 
 
 def anchors(
@@ -667,13 +672,13 @@ def anchors(
     distance_threshold: float = 0.1,
     linkage: str = "average",
     iou_duplicate: float = 0.9,
-    pred_iou_thresh: float = 0.3,
+    pred_iou_thresh: float = 0.35,
     iou_merge: float = 0.5,
     iou_vote: float = 0.7,
     min_area: float = 0.002,
     max_area: float = 0.9,
 ) -> Segmentation:
-    """Turn proposals into segments: an anchor a superpixel, checked, duplicates made one.
+    """Turn proposals into segments: anchors of superpixels, checked, duplicates made one.
 
     Parameters
     ----------
@@ -740,10 +745,10 @@ def anchors(
     return Segmentation(
         masks=masks,
         scores=iou[rows],
-        superpixel=rows,
+        superpixel=found["superpixel"][rows],
         layer=np.array([prompted[i].layer for i in found["crop"][rows]], np.int64),
         border=cut_by_border(masks),
-        n_superpixels=len(index),
+        n_superpixels=sum(len(crop.points) for crop in prompted),
         n_dropped=dropped,
     )
 
@@ -758,15 +763,16 @@ def _voted(anchors: Sequence[tuple[Prompted, int]]) -> np.ndarray:
 
 
 def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndarray]:
-    """Anchors of all crops, one row a superpixel: what is needed to judge and compare them.
+    """Anchors of all crops, a row for each superpixel and choice of mask, to judge and compare.
 
     Masks are those of low resolution, on the raster of the whole image. Rows without an anchor
     have an index of -1 and an empty mask.
     """
     raster = prompted[0].proposals.logits.shape[-2:]
-    parts = []
+    parts, before = [], 0
     for number, crop in enumerate(prompted):
-        n, (x0, y0, x1, y1) = len(crop.points), crop.box
+        (m, k), (x0, y0, x1, y1) = crop.points.shape[:2], crop.box
+        n = len(crop.proposals) // k
         index = choose_anchors(crop.proposals, n, **clustering)
         logits = crop.proposals.logits[index]
         logits[index < 0] = -1.0
@@ -774,12 +780,15 @@ def _candidates(prompted: Sequence[Prompted], **clustering) -> dict[str, np.ndar
         parts.append(
             {
                 "crop": np.full(n, number),
+                "superpixel": before + np.arange(n) % m,
+                "choice": np.arange(n) // m,
                 "index": index,
                 "iou": crop.proposals.iou[index].astype(np.float64),
                 "area": (logits > 0).float().mean((1, 2)).cpu().numpy() * share,
                 "masks": resample(logits, crop.box, crop.size, raster).cpu().numpy(),
             }
         )
+        before += m
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 

@@ -157,10 +157,21 @@ class SuperpixelPrompting(WithDevice):
     ]
     points_per_batch: Annotated[Positive, Field(description="prompts decoded at once")]
     mask_choice: Annotated[
-        Literal["best", "smallest", "middle", "largest"],
-        Field(description="which of the three masks of an ambiguous prompt"),
+        tuple[Literal["best", "smallest", "middle", "largest"], ...],
+        BeforeValidator(_as_tuple),
+        Field(
+            min_length=1,
+            description="which of the three masks of an ambiguous prompt; each has an anchor",
+        ),
     ]
     n_shown: Annotated[Positive, Field(description="images whose proposals are shown")]
+
+    @field_validator("mask_choice")
+    @classmethod
+    def _each_mask_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{list(value)} names one of them twice")
+        return value
 
     @property
     def options(self) -> dict[str, Any]:

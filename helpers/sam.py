@@ -15,7 +15,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -857,11 +857,11 @@ def propose(
     points: np.ndarray,
     *,
     points_per_batch: int | None = None,
-    mask_choice: str = "best",
+    mask_choice: str | Sequence[str] = "best",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Proposals:
-    """Propose one mask for each point, all decoded against one embedding.
+    """Propose a mask for each point, all decoded against one embedding.
 
     Against a crop, masks that reach its edge inside the image come back empty: the crop does not
     show where they end.
@@ -876,9 +876,9 @@ def propose(
     points_per_batch : int, optional
         Largest number of prompts decoded at once; by default chosen by device. It changes time and
         memory only.
-    mask_choice : {"best", "smallest", "middle", "largest", "single"}
+    mask_choice : {"best", "smallest", "middle", "largest", "single"}, or a sequence of them
         Which of the three masks of an ambiguous prompt to take: highest predicted IoU, or by
-        their number of pixels; or the decoder's single-mask output.
+        their number of pixels; or, by itself, the decoder's single-mask output.
     dtype : torch.dtype, optional
         As in :func:`embed`.
     progress : bool
@@ -887,14 +887,14 @@ def propose(
     Returns
     -------
     Proposals
+        n masks; with C choices C x n, those of the first choice first.
 
     Raises
     ------
     ValueError
         If a point lies outside the image or an argument is out of range.
     """
-    if mask_choice not in MASK_CHOICES:
-        raise ValueError(f"mask_choice = {mask_choice!r} is none of {MASK_CHOICES}.")
+    choices = check_choices(mask_choice)
     if points_per_batch is not None and points_per_batch < 1:
         raise ValueError(f"points_per_batch = {points_per_batch}; it must be at least 1.")
     points = check_points(points, embedding.original_size)
@@ -903,9 +903,10 @@ def propose(
     scaled = ResizeLongestSide(size).apply_coords(points, embedding.original_size)
     xy = torch.as_tensor(scaled, dtype=torch.float32, device=sam.device)
     low = 4 * embedding.features.shape[-1]
-    kept = torch.empty(len(xy), low, low, device=sam.device)
-    scores = torch.empty(len(xy), device=sam.device)
-    outputs = mask_choice if mask_choice in ("best", "single") else "three"
+    region = _region(low, embedding.input_size, size)
+    kept = torch.empty(len(choices), len(xy), low, low, device=sam.device)
+    scores = torch.empty(len(choices), len(xy), device=sam.device)
+    outputs = choices[0] if choices in (("best",), ("single",)) else "three"
     with _precision(sam, dtype):
         side = image_side(sam, embedding.features)
 
@@ -918,20 +919,21 @@ def propose(
                 sam, embedding.features, part[None, :, None], ones, outputs=outputs, side=side
             )
         if outputs == "three":
-            logits, iou = _by_area(logits, iou, mask_choice, embedding, size)
-        kept[start : start + batch] = logits[0, :, 0].float()
-        scores[start : start + batch] = iou[0, :, 0].float()
+            logits, iou = _chosen(logits, iou, choices, region)
+        kept[:, start : start + batch] = logits[0].transpose(0, 1)
+        scores[:, start : start + batch] = iou[0].T
 
     starts = range(0, len(xy), batch)
     done = in_threads(answer, starts, sam.device)
     for _ in tqdm(done, total=len(starts), disable=not progress, desc="prompts"):
         pass
+    kept = kept.flatten(0, 1)
     if any(embedding.cut):
-        h, w = _region(low, embedding.input_size, size)
+        h, w = region
         kept[reaches(kept[:, :h, :w] > 0, embedding.cut)] = -1.0
     return Proposals(
         kept,
-        scores.clamp(0, 1).cpu().numpy(),
+        scores.flatten().clamp(0, 1).cpu().numpy(),
         embedding.input_size,
         embedding.original_size,
         size,
@@ -945,10 +947,23 @@ def _even_batch(n: int, largest: int, device: torch.device) -> int:
     return max(1, -(-n // (max(1, rounds) * threads))) if threads > 1 else largest
 
 
-def _by_area(logits, iou, choice, embedding, size):
-    """Of the three masks of an ambiguous prompt the smallest, middle or largest."""
-    h, w = _region(logits.shape[-1], embedding.input_size, size)
-    area = (logits[..., :h, :w] > 0).flatten(3).sum(-1)
-    rank = {"smallest": 0, "middle": 1, "largest": 2}[choice]
-    index = area.argsort(dim=-1)[..., rank : rank + 1]
+def check_choices(mask_choice: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the choices of mask as a tuple, else raise ``ValueError``."""
+    choices = (mask_choice,) if isinstance(mask_choice, str) else tuple(mask_choice)
+    known = choices and set(choices) <= set(MASK_CHOICES)
+    if not known or len(set(choices)) < len(choices) or ("single" in choices and len(choices) > 1):
+        raise ValueError(
+            f"mask_choice = {mask_choice!r}; give one of {MASK_CHOICES}, or several of them "
+            "without 'single', each once."
+        )
+    return choices
+
+
+def _chosen(logits, iou, choices, region):
+    """Of the three masks (B, P, 3, ...) of ambiguous prompts those chosen, (B, P, C, ...)."""
+    h, w = region
+    order = (logits[..., :h, :w] > 0).flatten(3).sum(-1).argsort(dim=-1)
+    which = dict(zip(("smallest", "middle", "largest"), order.unbind(-1), strict=True))
+    which["best"] = iou.argmax(-1)
+    index = torch.stack([which[choice] for choice in choices], dim=-1)
     return logits.take_along_dim(index[..., None, None], 2), iou.take_along_dim(index, 2)

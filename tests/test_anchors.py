@@ -37,6 +37,9 @@ from helpers.segment_table import collect, cut_by_border
 from helpers.superpixels import draw_points, superpixels
 from tests.literal_phase1 import literal_anchor, literal_anchors, literal_identity
 
+#: Choices of mask, each with an anchor in every superpixel.
+CHOICES = len(prompt.__kwdefaults__["mask_choice"])
+
 
 @pytest.fixture(scope="module")
 def small():
@@ -227,9 +230,34 @@ def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
     assert sum(same) >= len(same) - 1
 
 
+def test_each_choice_of_mask_has_anchors_of_its_own(small):
+    image = phantom.render(2, seed=8, size=(96, 130)).image
+    settings = {"n_segments": 6, "n_points": 3, "crop_n_layers": 1, "explained_iou": 1}
+    both, *alone = (
+        prompt(small, image, rng=np.random.default_rng(0), mask_choice=choice, **settings)
+        for choice in (["largest", "best"], "largest", "best")
+    )
+    assert len(both) == len(alone[0]) == 5
+    n = sum(len(crop.points) for crop in both)
+    for crop, *parts in zip(both, *alone, strict=True):
+        padded = torch.cat([part.proposals.padded for part in parts])
+        torch.testing.assert_close(crop.proposals.padded, padded, rtol=1e-4, atol=1e-4)
+    every = {"pred_iou_thresh": 0, "min_area": 0, "max_area": 1, "iou_merge": 1, "iou_vote": 1}
+    found, *each = (anchors(crops, **every) for crops in (both, *alone))
+    known = {
+        (i, m.tobytes()) for one in each for i, m in zip(one.superpixel, one.masks, strict=True)
+    }
+    assert {m.tobytes() for m in found.masks} == {mask for _, mask in known}
+    assert {(i, m.tobytes()) for i, m in zip(found.superpixel, found.masks, strict=True)} <= known
+    assert found.n_superpixels == each[0].n_superpixels == n
+    assert len(found) + sum(found.n_dropped.values()) == 2 * n
+    assert len(found) > max(map(len, each))
+
+
 def test_part_of_the_prompts(random_sam):
     image = phantom.render(0, seed=3, size=(64, 64)).image
     settings = {"n_segments": 4, "n_points": 6, "crop_n_layers": 1}
+    settings["mask_choice"] = ("largest", "smallest")
     all_six = prompt(random_sam, image, rng=np.random.default_rng(0), **settings)
     all_two = take(all_six, slice(2, 4))
     assert len(all_two) == len(all_six) == 5
@@ -238,10 +266,10 @@ def test_part_of_the_prompts(random_sam):
     assert (two.box, two.size, two.layer) == (six.box, six.size, six.layer) and six.layer == 1
     assert two.points.shape == (n, 2, 2) and two.asked.shape == (n, 2)
     np.testing.assert_array_equal(two.points, six.points[:, 2:4])
-    expected = six.proposals.masks().reshape(n, 6, 32, 32)[:, 2:4].reshape(-1, 32, 32)
+    expected = six.proposals.masks().reshape(2, n, 6, 32, 32)[:, :, 2:4].reshape(-1, 32, 32)
     np.testing.assert_array_equal(two.proposals.masks(), expected)
     np.testing.assert_array_equal(
-        two.proposals.iou, six.proposals.iou.reshape(n, 6)[:, 2:4].ravel()
+        two.proposals.iou, six.proposals.iou.reshape(2, n, 6)[:, :, 2:4].ravel()
     )
 
 
@@ -374,8 +402,8 @@ def test_an_anchor_settled_early_is_a_near_duplicate_of_the_final_one(linkage):
     assert stopped > 20 and same > 30
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
+@pytest.mark.parametrize(("seed", "choices"), [(1, ["middle"]), (2, ["largest", "best"])])
+def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed, choices):
     image = phantom.render(seed, seed=8, size=(128, 150)).image
     full, early = (
         prompt(
@@ -385,6 +413,7 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
             n_segments=6,
             n_points=15,
             crop_n_layers=0,
+            mask_choice=choices,
             early_stop=stop,
         )[0]
         for stop in (False, True)
@@ -392,14 +421,14 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed):
     np.testing.assert_array_equal(full.points, early.points)
     assert full.asked.all() and (early.asked[:, :8]).all()
     assert early.asked.sum() < full.asked.sum()
-    k = full.points.shape[1]
-    asked = early.asked.ravel()
+    n, k = full.asked.shape
+    asked = np.tile(early.asked.ravel(), len(choices))
     torch.testing.assert_close(
         early.proposals.padded[asked], full.proposals.padded[asked], rtol=1e-3, atol=1e-3
     )
     assert not early.proposals.masks()[~asked].any()
-    a = choose_anchors(full.proposals, len(full.points))
-    b = choose_anchors(early.proposals, len(full.points))
+    a = choose_anchors(full.proposals, len(choices) * n)
+    b = choose_anchors(early.proposals, len(choices) * n)
     masks = full.proposals.masks()
     for i, j in zip(a, b, strict=True):
         assert i // k == j // k and iou_matrix(masks[[i, j]])[0, 1] >= 0.8
@@ -424,7 +453,7 @@ def test_segment_takes_early_stopping_and_refuses_unknown_settings(random_sam):
     image = phantom.render(0, seed=3, size=(64, 64)).image
     settings = {"n_segments": 4, "n_points": 3, "early_stop": True, "distance_threshold": 0.2}
     found = segment(random_sam, image, rng=np.random.default_rng(0), **settings)
-    assert len(found) + sum(found.n_dropped.values()) == found.n_superpixels
+    assert len(found) + sum(found.n_dropped.values()) == CHOICES * found.n_superpixels
     with pytest.raises(TypeError, match="no setting"):
         segment(random_sam, image, rng=np.random.default_rng(0), stop_early=True)
 
@@ -449,7 +478,8 @@ def test_iou_matrix_by_hand():
 @pytest.mark.parametrize(("seed", "size"), [(1, (192, 192)), (2, (150, 210))])
 def test_sizes_and_duplicates_judged_at_low_resolution_are_those_of_the_image(small, seed, size):
     image = phantom.render(seed, seed=8, size=size).image
-    rng, settings = np.random.default_rng(seed), {"n_segments": 20, "n_points": 3}
+    rng = np.random.default_rng(seed)
+    settings = {"n_segments": 20, "n_points": 3, "mask_choice": "middle"}
     (prompted,) = prompt(small, image, rng=rng, crop_n_layers=0, **settings)
     index = choose_anchors(prompted.proposals, len(prompted.points))
     masks = np.stack([prompted.proposals.full(i) for i in index])
@@ -509,32 +539,38 @@ def test_segment_is_complete_and_repeatable(random_sam):
     )
     np.testing.assert_array_equal(one.masks, two.masks)
     assert one.masks.shape[1:] == (96, 130) and one.masks.dtype == bool
-    assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
+    assert len(one) + sum(one.n_dropped.values()) == CHOICES * one.n_superpixels
     assert len(one.scores) == len(one.superpixel) == len(one.border) == len(one.layer) == len(one)
     np.testing.assert_array_equal(one.border, cut_by_border(one.masks))
     counts = one.counts
     assert counts.pop("cut by border") == one.border.sum()
-    assert 2 * counts.pop("superpixels") == sum(counts.values()) + one.n_superpixels
+    assert CHOICES * counts.pop("superpixels") == counts.pop("anchors") == sum(counts.values())
     assert counts.pop("segments") == len(one) and counts == one.n_dropped
 
 
 def test_only_sure_anchors_explain_what_a_crop_would_ask(random_sam, monkeypatch):
-    seen, shapes = [], np.arange(5 * 16 * 16).reshape(5, 16, 16) % 7 == 0
-    iou, index = np.array([0.9, 0.9, 0.7, 0.8, 0.1]), np.array([0, -1, 2, 3, 4])
-    found = {"masks": shapes, "index": index, "iou": iou}
+    """By those of both choices of mask, the first of each crop by one and the first two by two."""
+    seen, shapes = [], np.arange(7 * 16 * 16).reshape(7, 16, 16) % 11 == 0
+    iou, index = np.array([0.9, 0.9, 0.7, 0.8, 0.1, 0.9, 0.2]), np.array([0, -1, 2, 3, 4, 5, 6])
+    found = {"masks": shapes, "index": index, "iou": iou, "choice": np.array([0] * 5 + [1] * 2)}
 
     def note(labels, box, size, masks):
         seen.append(masks)
-        return np.arange(labels.max() + 1) == 0  # the first of each crop
+        return np.arange(labels.max() + 1) < 1 + len(seen) % 2
 
     monkeypatch.setattr("helpers.anchors._candidates", lambda *_, **__: found)
     monkeypatch.setattr("helpers.anchors.explained", note)
     given = {"n_segments": 4, "n_points": 1, "crop_n_layers": 1, "explained_iou": 0.7}
+    given["mask_choice"] = ["middle", "largest"]
     image = phantom.render(0, seed=3, size=(64, 70)).image
     crops = prompt(random_sam, image, rng=np.random.default_rng(0), **given)
-    assert len(seen) == 4 and all((masks == shapes[[0, 3]]).all() for masks in seen)
+    assert len(seen) == 8 and all((masks == shapes[[0, 3]]).all() for masks in seen[::2])
+    assert all((masks == shapes[[5]]).all() for masks in seen[1::2])
     whole = superpixels(image, 8).max() + 1
     assert sum(len(crop.points) for crop in crops[1:]) == whole - 4
+    iou[5] = 0.6  # no anchor of the second choice is sure
+    crops = prompt(random_sam, image, rng=np.random.default_rng(0), **given)
+    assert len(seen) == 8 and sum(len(crop.points) for crop in crops[1:]) == whole
 
 
 def _seen_whole(masks, iou):
@@ -612,7 +648,7 @@ def test_segment_counts_what_it_drops(random_sam):
         min_area=0.98,
         max_area=0.99,
     )
-    assert len(found) + sum(found.n_dropped.values()) == found.n_superpixels
+    assert len(found) + sum(found.n_dropped.values()) == CHOICES * found.n_superpixels
     assert found.n_dropped["small"] + found.n_dropped["large"] > 0
 
 

@@ -222,7 +222,9 @@ def test_anchors_of_crops_are_those_of_the_literal_form(small, image):
 
 def test_outlines_voted_for_across_crops_are_those_of_the_literal_form(small, image):
     """Probabilities of whole images pixel by pixel, the vote of each segment in loops."""
-    crops = prompt(small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3)
+    crops = prompt(
+        small, image, rng=np.random.default_rng(0), n_segments=5, n_points=3, mask_choice="middle"
+    )
     settings = {"pred_iou_thresh": 0.2, "min_area": 0.0}
     own, voted = (anchors(crops, iou_vote=iou, **settings) for iou in (1.0, 0.6))
     np.testing.assert_array_equal(own.superpixel, voted.superpixel)
@@ -288,8 +290,10 @@ def test_segments_of_crops_are_complete_and_repeatable(small, image, early_stop)
         for _ in range(2)
     )  # fmt: skip
     np.testing.assert_array_equal(one.masks, two.masks)
-    assert len(one) + sum(one.n_dropped.values()) == one.n_superpixels
-    assert one.masks.any((1, 2)).all() and (one.scores >= 0.3).all()
+    choices = len(prompt.__kwdefaults__["mask_choice"])
+    assert len(one) + sum(one.n_dropped.values()) == choices * one.n_superpixels
+    least = anchors.__kwdefaults__["pred_iou_thresh"]
+    assert one.masks.any((1, 2)).all() and (one.scores >= least).all()
     assert (one.superpixel < one.n_superpixels).all() and one.n_dropped["unsure"] > 0
     overlap = iou_matrix(one.masks) - np.eye(len(one))
     assert overlap.max() < 0.6  # 0.5 on the raster of low resolution
@@ -354,11 +358,10 @@ def test_what_is_explained_is_not_asked_again(small):
         before, points = of_box[crop.box]
         assert {tuple(map(tuple, p)) for p in crop.points + crop.box[:2]} <= points
         rows = [np.flatnonzero((before.points == p).all((1, 2)))[0] for p in crop.points]
-        k = crop.points.shape[1]
-        old = before.proposals.padded.unflatten(0, (-1, k))[rows]
-        torch.testing.assert_close(
-            crop.proposals.padded.unflatten(0, (-1, k)), old, rtol=1e-3, atol=1e-3
+        new, old = (
+            c.proposals.padded.unflatten(0, (-1, *c.points.shape[:2])) for c in (crop, before)
         )
+        torch.testing.assert_close(new, old[:, rows], rtol=1e-3, atol=1e-3)
         x, y = crop.points[..., 0], crop.points[..., 1]
         assert (crop.labels[y, x] == np.arange(len(crop.points))[:, None]).all()
 

@@ -5,7 +5,6 @@ import http.server
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,15 +271,26 @@ def test_mask_choices(random_sam, picture, choice):
     np.testing.assert_allclose(proposals.iou, iou[rows, chosen].clamp(0, 1), atol=1e-5)
 
 
+def test_several_choices_of_mask_come_one_after_the_other(random_sam, picture):
+    points = np.random.default_rng(4).integers(0, picture.shape[1::-1], (9, 2))
+    embedding, choices = embed(random_sam, picture), ("middle", "best", "smallest")
+    found = propose(random_sam, embedding, points, mask_choice=choices, points_per_batch=4)
+    assert len(found) == 27
+    for k, choice in enumerate(choices):
+        alone = propose(random_sam, embedding, points, mask_choice=choice)
+        part = np.s_[9 * k : 9 * k + 9]
+        torch.testing.assert_close(found.padded[part], alone.padded, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.iou[part], alone.iou, atol=1e-5)
+
+
 @pytest.mark.parametrize(("choice", "best"), [("smallest", 2), ("middle", 0), ("largest", 1)])
 def test_sizes_of_masks_are_those_within_the_image(choice, best):
     """What a mask covers of the padding does not count."""
     logits = torch.full((1, 1, 3, 16, 16), -1.0)
     logits[0, 0, 0, :4, :5] = logits[0, 0, 1, :4, :7] = logits[0, 0, 2, :2, :6] = 1
     logits[0, 0, 2, 8:] = 1  # below an image of half the height
-    embedding = SimpleNamespace(input_size=(32, 64))
     iou = torch.tensor([[[0.1, 0.2, 0.3]]])
-    mask, score = sam._by_area(logits, iou, choice, embedding, 64)
+    mask, score = sam._chosen(logits, iou, (choice,), (8, 16))
     assert torch.equal(mask[0, 0, 0], logits[0, 0, best]) and score == iou[0, 0, best]
 
 
@@ -348,8 +358,9 @@ def test_bad_points(random_sam, picture, points, message):
 
 def test_bad_settings(random_sam, picture):
     embedding = embed(random_sam, picture)
-    with pytest.raises(ValueError, match="mask_choice"):
-        propose(random_sam, embedding, np.array([[1, 1]]), mask_choice="worst")
+    for choice in ("worst", [], ["best", "worst"], ["best", "best"], ["single", "best"]):
+        with pytest.raises(ValueError, match=r"mask_choice = .*give one of \('best'"):
+            propose(random_sam, embedding, np.array([[1, 1]]), mask_choice=choice)
     with pytest.raises(ValueError, match="points_per_batch"):
         propose(random_sam, embedding, np.array([[1, 1]]), points_per_batch=0)
     with pytest.raises(ValueError, match="uint8"):

@@ -29,16 +29,17 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     asked = prompted()
     masks = anchors.anchors(asked).masks
     n, n_superpixels = max(1, len(masks)), sum(len(crop.points) for crop in asked)
-    n_prompts = sum(len(crop.proposals) for crop in asked)
+    n_prompts = sum(int(crop.asked.sum()) for crop in asked)
     yield "anchors", masks
     yield "  own outlines", anchors.anchors(asked, iou_vote=1).masks
     yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
     yield "  every superpixel asked", anchors.anchors(prompted(explained_iou=1)).masks
-    yield "  preferred mask", anchors.anchors(prompted(mask_choice="best")).masks
+    for name, choice in {"middle": "middle", "preferred": "best"}.items():
+        yield f"  {name} masks alone", anchors.anchors(prompted(mask_choice=choice)).masks
     most = min(n_superpixels, most_superpixels(image.shape[:2]))
     whole = prompted(crop_n_layers=0, n_segments=most)
     yield "  no crops, as many prompts", anchors.anchors(whole).masks
-    paper = prompted(crop_n_layers=0, n_segments=30, n_points=15)
+    paper = prompted(crop_n_layers=0, n_segments=30, n_points=15, mask_choice="best")
     yield "  no crops, 30 x 15 prompts", anchors.anchors(paper, pred_iou_thresh=0, iou_vote=1).masks
     yield "single prompts", baselines.single_prompts(asked, n)
     for name, layers in {"automatic masks": 2, "  no crops, automatic": 0}.items():
