@@ -166,12 +166,11 @@ class SuperpixelPrompting(WithDevice):
     ]
     n_shown: Annotated[Positive, Field(description="images whose proposals are shown")]
 
-    @field_validator("mask_choice")
-    @classmethod
-    def _each_mask_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"{list(value)} names one of them twice")
-        return value
+    @model_validator(mode="after")
+    def _each_mask_once(self) -> SuperpixelPrompting:
+        if len(set(self.mask_choice)) < len(self.mask_choice):
+            raise ValueError(f"mask_choice={list(self.mask_choice)}: give each mask once")
+        return self
 
     @property
     def options(self) -> dict[str, Any]:

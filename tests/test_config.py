@@ -293,6 +293,7 @@ def test_what_is_blended_lies_in_the_band():
     [
         ("04_probabilistic_replacement", {"scale_min": 1.2, "scale_max": 1.1},
          r"scale_min=1\.2 is above scale_max=1\.1: lower scale_min or raise scale_max"),
+        ("01_superpixel_prompting", {"mask_choice": ["best", "best"]}, "give each mask once"),
         ("04_probabilistic_replacement", {"area_min": 0.5, "area_max": 0.4},
          "area_min=0.5 is above"),
         ("04_probabilistic_replacement", {"scale_max": float("inf")},
