@@ -26,6 +26,7 @@ stage.finish({"n": n});""",
 VALUES = {
     "run": "tutorial-phantom", "seed": 0, "device": "auto", "dataset": "phantom",
     "data_root": None, "companion": None, "image_size": 64, "n_segments": 8, "n_points": 5,
+    "mask_choice": ["best"],
 }  # fmt: skip
 
 

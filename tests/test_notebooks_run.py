@@ -80,7 +80,9 @@ def test_segments_are_counted_without_loss(first):
     found = results(first, "02_anchor_clustering")
     assert sum(found["segments_by_class"].values()) == found["n_segments"] > 0
     per_image = found["n_segments"] + sum(found["dropped"].values())
-    assert per_image == pytest.approx(found["superpixels_an_image"] * found["n_images"])
+    params = json.loads((first / "01_superpixel_prompting" / "params.json").read_text())
+    asked = found["superpixels_an_image"] * found["n_images"]
+    assert per_image == pytest.approx(asked * len(params["mask_choice"]))
     assert {"anchors", "SLIC", "Felzenszwalb"} <= set(found["methods"])
     assert "ihc" in found["segments_by_class"], "the real image goes along"
 
