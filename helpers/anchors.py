@@ -27,7 +27,7 @@ from helpers.crops import Box, crop_boxes, explained, resample, share_out, witho
 from helpers.files import read_json, replacing
 from helpers.images import MIN_SIDE, check_image
 from helpers.processes import in_threads
-from helpers.sam import Embedding, Proposals, check_choices, embed, propose
+from helpers.sam import Embedding, Proposals, embed, propose
 from helpers.segment_table import Segments, cut_by_border, join, load_coco, save_coco
 from helpers.superpixels import draw_points, most_superpixels, superpixels
 
@@ -405,7 +405,7 @@ def prompt(
     ValueError
         If a setting is out of range, or the image too small for so many superpixels or layers.
     """
-    image, choices = check_image(image), check_choices(mask_choice)
+    image = check_image(image)
     size = image.shape[:2]
     how = {"points_per_batch": points_per_batch, "mask_choice": mask_choice, "dtype": dtype}
     clustering = {
@@ -421,7 +421,8 @@ def prompt(
         if layer > at:
             at, found = layer, _candidates(prompted, **clustering)
             good = (found["index"] >= 0) & (found["iou"] > explained_iou)
-            sure = [found["masks"][good & (found["choice"] == c)] for c in range(len(choices))]
+            which = np.arange(found["choice"].max() + 1)
+            sure = [found["masks"][good & (found["choice"] == c)] for c in which]
         if layer and all(map(len, sure)):
             spared = np.all([explained(labels, box, size, masks) for masks in sure], axis=0)
             labels, points = without(labels, spared), points[~spared]
@@ -516,18 +517,18 @@ def ask_in_rounds(
     asked : (n, K) bool ndarray
     """
     n, k = points.shape[:2]
-    choices = len(check_choices((how or {}).get("mask_choice", "best")))
     side = float(np.sqrt(np.prod(embedding.original_size)))
     asked, unsettled = np.zeros((n, k), bool), np.arange(n)
-    padded, masks, iou, at = None, None, np.zeros((choices, n, k), np.float32), 0
+    padded, masks, iou, at = None, None, None, 0
     for stop in [*range(k // 2 + 1, k, step), k]:
         part = propose(sam, embedding, points[unsettled, at:stop].reshape(-1, 2), **(how or {}))
-        of_round = (choices, len(unsettled), stop - at)
-        asked[unsettled, at:stop] = True
-        iou[:, unsettled, at:stop] = part.iou.reshape(of_round)
+        of_round = (-1, len(unsettled), stop - at)  # for each choice of mask
+        logits, scores = part.padded.unflatten(0, of_round), part.iou.reshape(of_round)
         if padded is None:
-            padded = part.padded.new_full((choices, n, k, *part.padded.shape[1:]), -1.0)
-        padded[:, unsettled, at:stop] = part.padded.unflatten(0, of_round)
+            padded = logits.new_full((len(logits), n, k, *logits.shape[3:]), -1.0)
+            iou = np.zeros((len(logits), n, k), np.float32)
+        asked[unsettled, at:stop] = True
+        padded[:, unsettled, at:stop], iou[:, unsettled, at:stop] = logits, scores
         if stop == k:  # nothing remains to be spared
             break
         new = (part.logits > 0).unflatten(0, of_round)
@@ -536,13 +537,13 @@ def ask_in_rounds(
         done = np.array(
             [
                 _is_settled(
-                    vectors[j], overlap[j], scores, k - stop,
+                    vectors[j], overlap[j], predicted, k - stop,
                     distance_threshold * side, linkage, iou_duplicate,
                 )
-                for j, scores in enumerate(iou[:, unsettled, :stop].reshape(-1, stop))
+                for j, predicted in enumerate(iou[:, unsettled, :stop].reshape(-1, stop))
             ]
         )  # fmt: skip
-        still_open = ~done.reshape(choices, -1).all(0)
+        still_open = ~done.reshape(masks.shape[:2]).all(0)
         masks, unsettled, at = masks[:, still_open], unsettled[still_open], stop
         if not len(unsettled):
             break
@@ -568,6 +569,11 @@ def _compare(masks: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np
     vectors = [identity_vectors(part.flatten(0, 1), size) for part in parts]
     overlap = [iou_matrix(part) for part in parts]
     return np.concatenate(vectors).reshape(*masks.shape[:2], 3), np.concatenate(overlap)
+
+
+def n_asked(prompted: Sequence[Prompted]) -> int:
+    """Number of prompts that were decoded, in all crops."""
+    return sum(int(crop.asked.sum()) for crop in prompted)
 
 
 def take(prompted: Sequence[Prompted], columns: slice) -> list[Prompted]:

@@ -19,7 +19,7 @@ from skimage.color import rgb2lab
 from skimage.segmentation import felzenszwalb
 from sklearn.cluster import AgglomerativeClustering
 
-from helpers.anchors import Prompted, anchors, match_glands, take
+from helpers.anchors import Prompted, anchors, match_glands, n_asked, take
 from helpers.images import check_image
 from helpers.sam import default_batch
 from helpers.superpixels import slic_labels
@@ -216,7 +216,7 @@ def rivals(
     ways |= {name: partial(method, image, n) for name, method in CLASSICAL.items()}
     if with_automatic:
         ways["automatic masks"] = partial(
-            automatic, sam, image, n, n_prompts=sum(int(crop.asked.sum()) for crop in prompted),
+            automatic, sam, image, n, n_prompts=n_asked(prompted),
             crop_n_layers=crop_n_layers,
             **{name: settings[name] for name in ("min_area", "max_area") if name in settings},
         )  # fmt: skip

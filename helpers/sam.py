@@ -894,7 +894,7 @@ def propose(
     ValueError
         If a point lies outside the image or an argument is out of range.
     """
-    choices = check_choices(mask_choice)
+    choices = _check_choices(mask_choice)
     if points_per_batch is not None and points_per_batch < 1:
         raise ValueError(f"points_per_batch = {points_per_batch}; it must be at least 1.")
     points = check_points(points, embedding.original_size)
@@ -947,7 +947,7 @@ def _even_batch(n: int, largest: int, device: torch.device) -> int:
     return max(1, -(-n // (max(1, rounds) * threads))) if threads > 1 else largest
 
 
-def check_choices(mask_choice: str | Sequence[str]) -> tuple[str, ...]:
+def _check_choices(mask_choice: str | Sequence[str]) -> tuple[str, ...]:
     """Return the choices of mask as a tuple, else raise ``ValueError``."""
     choices = (mask_choice,) if isinstance(mask_choice, str) else tuple(mask_choice)
     known = choices and set(choices) <= set(MASK_CHOICES)

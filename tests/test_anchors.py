@@ -24,6 +24,7 @@ from helpers.anchors import (
     iou_matrix,
     match_glands,
     mean_match,
+    n_asked,
     prompt,
     repeated,
     segment,
@@ -421,6 +422,7 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed, choices
     np.testing.assert_array_equal(full.points, early.points)
     assert full.asked.all() and (early.asked[:, :8]).all()
     assert early.asked.sum() < full.asked.sum()
+    assert n_asked([full, early, full]) == early.asked.sum() + 2 * full.asked.size
     n, k = full.asked.shape
     asked = np.tile(early.asked.ravel(), len(choices))
     torch.testing.assert_close(

@@ -29,7 +29,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     asked = prompted()
     masks = anchors.anchors(asked).masks
     n, n_superpixels = max(1, len(masks)), sum(len(crop.points) for crop in asked)
-    n_prompts = sum(int(crop.asked.sum()) for crop in asked)
+    n_prompts = anchors.n_asked(asked)
     yield "anchors", masks
     yield "  own outlines", anchors.anchors(asked, iou_vote=1).masks
     yield "  every predicted IoU", anchors.anchors(asked, pred_iou_thresh=0).masks
