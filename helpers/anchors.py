@@ -33,9 +33,8 @@ from helpers.superpixels import draw_points, most_superpixels, superpixels
 
 LINKAGES = ("average", "complete", "single")
 
-#: Pixels of masks that a GPU compares at once. A CPU takes one superpixel at a time, whose masks
-#: stay in its cache.
-_PIXELS_AT_ONCE = 2**27
+#: Pixels of masks compared at once, on a CPU few enough for its cache, and elsewhere.
+_PIXELS_IN_CACHE, _PIXELS_AT_ONCE = 2**18, 2**27
 
 
 def identity_vectors(
@@ -564,8 +563,8 @@ def _cluster_filled(vectors, overlap, threshold, linkage):
 
 def _compare(masks: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Identity vectors (n, K, 3) of masks (n, K, h, w), and IoU (n, K, K) within each of the n."""
-    at_once = 1 if masks.device.type == "cpu" else _PIXELS_AT_ONCE // masks[0].numel()
-    parts = masks.split(max(1, at_once))
+    most = _PIXELS_IN_CACHE if masks.device.type == "cpu" else _PIXELS_AT_ONCE
+    parts = masks.split(max(1, most // masks[0].numel()))
     vectors = [identity_vectors(part.flatten(0, 1), size) for part in parts]
     overlap = [iou_matrix(part) for part in parts]
     return np.concatenate(vectors).reshape(*masks.shape[:2], 3), np.concatenate(overlap)
@@ -576,16 +575,19 @@ def n_asked(prompted: Sequence[Prompted]) -> int:
     return sum(int(crop.asked.sum()) for crop in prompted)
 
 
-def take(prompted: Sequence[Prompted], columns: slice) -> list[Prompted]:
+def take(
+    prompted: Sequence[Prompted], columns: slice = slice(None), choices: slice = slice(None)
+) -> list[Prompted]:
     """Part of the prompts of every superpixel, e.g. ``slice(5)`` for the first five.
 
     Prompts are drawn in random order without replacement, so the first few of many are a random
-    draw of few: one run with many prompts serves to study smaller K.
+    draw of few: one run with many prompts serves to study smaller K. `choices` takes part of the
+    choices of mask, in the order in which they were asked for.
     """
     parts = []
     for crop in prompted:
-        proposals, k = crop.proposals, crop.points.shape[1]
-        rows = np.arange(len(proposals)).reshape(-1, k)[:, columns].ravel()
+        proposals, (n, k) = crop.proposals, crop.points.shape[:2]
+        rows = np.arange(len(proposals)).reshape(-1, n, k)[choices, :, columns].ravel()
         part = replace(proposals, padded=proposals.padded[rows], iou=proposals.iou[rows])
         points, asked = crop.points[:, columns], crop.asked[:, columns]
         parts.append(replace(crop, points=points, proposals=part, asked=asked))

@@ -129,13 +129,13 @@ def explained(labels: np.ndarray, box: Box, size: tuple[int, int], masks: np.nda
         (np.arange(k) + 0.5) * side / k for k, side in zip(masks.shape[1:], size, strict=True)
     ]
     rows, columns = (
-        np.flatnonzero((at >= low) & (at < high))
+        slice(*np.searchsorted(at, (low, high)))
         for at, low, high in zip(middles, (y0, x0), (y1, x1), strict=True)
     )
-    if not len(rows) or not len(columns):  # a strip so thin that no cell has its middle here
+    windows = masks[:, rows, columns]
+    if 0 in windows.shape[1:]:  # a strip so thin that no cell has its middle here
         return np.zeros(n, bool)
     here = labels[middles[0][rows].astype(int) - y0][:, middles[1][columns].astype(int) - x0]
-    windows = masks[:, rows[:, None], columns]
     cut = reaches(windows, inner_edges(box, size))
     cells = (here.ravel()[:, None] == np.arange(n)).astype(np.float32)
     covered = windows[cut].reshape(-1, here.size).astype(np.float32) @ cells

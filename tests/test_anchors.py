@@ -257,7 +257,7 @@ def test_each_choice_of_mask_has_anchors_of_its_own(small):
 
 def test_part_of_the_prompts(random_sam):
     image = phantom.render(0, seed=3, size=(64, 64)).image
-    settings = {"n_segments": 4, "n_points": 6, "crop_n_layers": 1}
+    settings = {"n_segments": 4, "n_points": 6, "crop_n_layers": 1, "explained_iou": 1}
     settings["mask_choice"] = ("largest", "smallest")
     all_six = prompt(random_sam, image, rng=np.random.default_rng(0), **settings)
     all_two = take(all_six, slice(2, 4))
@@ -272,6 +272,14 @@ def test_part_of_the_prompts(random_sam):
     np.testing.assert_array_equal(
         two.proposals.iou, six.proposals.iou.reshape(2, n, 6)[:, :, 2:4].ravel()
     )
+
+    smallest = take(all_six, choices=slice(1, 2))[3].proposals
+    alone = prompt(
+        random_sam, image, rng=np.random.default_rng(0),
+        **settings | {"mask_choice": "smallest"},
+    )[3].proposals  # fmt: skip
+    np.testing.assert_array_equal(smallest.masks(), alone.masks())
+    np.testing.assert_array_equal(smallest.iou, alone.iou)
 
 
 def _crop_of(masks, k):
