@@ -15,6 +15,8 @@ import torch
 from segment_anything.utils.amg import generate_crop_boxes
 from torch.nn import functional as F
 
+from helpers.images import MIN_SIDE
+
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; the last two are outside
 
 #: Overlap of neighbouring crops of layer 1, as a share of the image's short side; half as much in
@@ -46,6 +48,40 @@ def crop_boxes(size: tuple[int, int], n_layers: int) -> list[list[Box]]:
         [tuple(box) for box, at in zip(boxes, layers, strict=True) if at == layer]
         for layer in range(n_layers + 1)
     ]
+
+
+def centred(x: int, y: int, size: tuple[int, int], zoom: float) -> Box:
+    """Box of an image's shape around a pixel, which lies as near its middle as the image allows.
+
+    Parameters
+    ----------
+    x, y : int
+        Column and row of the pixel.
+    size : (int, int)
+        Height and width of the image.
+    zoom : float
+        How many times longer the sides of the image are; 1 is the whole image.
+
+    Returns
+    -------
+    (int, int, int, int)
+
+    Raises
+    ------
+    ValueError
+        If `zoom` is below 1, or leaves hardly a pixel.
+    """
+    if not zoom >= 1:
+        raise ValueError(f"zoom = {zoom}; 1 is the whole image, more a part of it.")
+    height, width = (round(side / zoom) for side in size)
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(
+            f"zoom = {zoom} leaves {height} x {width} pixels of an image of {size[0]} x {size[1]}, "
+            "too few to see; ask for less."
+        )
+    x0 = min(max(int(x) - width // 2, 0), size[1] - width)
+    y0 = min(max(int(y) - height // 2, 0), size[0] - height)
+    return x0, y0, x0 + width, y0 + height
 
 
 def nearest(boxes: list[Box], x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import training
-from helpers.crops import crop_boxes, inner_edges, nearest, reaches
+from helpers.crops import centred, inner_edges, reaches
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -40,6 +40,8 @@ from helpers.weights import write_weights
 TARGETS = 3
 #: Objects smaller or larger than these shares of the crop are no targets.
 AREA_RANGE = (0.0025, 0.70)
+#: Crops around a click, from the whole image to a quarter of its sides; see :func:`evaluate_zooms`.
+ZOOMS = tuple(2 ** (i / 2) for i in range(5))
 
 
 # --------------------------------------------------------------------------- clicks and targets
@@ -301,19 +303,19 @@ def _quarters(masks: np.ndarray) -> np.ndarray:
 def evaluate(
     sam: Sam, images: Iterable[np.ndarray], instances: Iterable[np.ndarray], **how: Any
 ) -> dict[str, float]:
-    """Measure one-click masks as :func:`evaluate_layers` does, with all layers together."""
-    return evaluate_layers(sam, images, instances, **how)[-1]
+    """Measure one-click masks as :func:`evaluate_zooms` does, with all zooms together."""
+    return evaluate_zooms(sam, images, instances, **how)[-1]
 
 
 @torch.no_grad()
-def evaluate_layers(
+def evaluate_zooms(
     sam: Sam,
     images: Iterable[np.ndarray],
     instances: Iterable[np.ndarray],
     *,
     rng: np.random.Generator,
     clicks_each: int = 1,
-    crop_n_layers: int = 0,
+    zooms: Sequence[float] = (1,),
 ) -> list[dict[str, float]]:
     """Measure one-click masks: one random pixel inside each instance.
 
@@ -327,18 +329,18 @@ def evaluate_layers(
         Draws the clicks.
     clicks_each : int
         Clicks in each instance, each measured by itself.
-    crop_n_layers : int
-        Layers of crops in which a click is asked again, as the anchors are: in each layer in the
-        crop whose middle is nearest. A mask that its crop cuts is not picked.
+    zooms : sequence of float
+        The click is asked in a crop around it for each, see :func:`helpers.crops.centred`; 1 is
+        the whole image. A mask that its crop cuts is not picked.
 
     Returns
     -------
     list of dict
-        For the same clicks with no layer of crops, one, and so on to `crop_n_layers`:
-        ``oracle_iou`` (best of the three masks of each layer), ``picked_iou`` (highest predicted
+        For the same clicks with the first zoom, the first two, and so on to all:
+        ``oracle_iou`` (best of the three masks of each zoom), ``picked_iou`` (highest predicted
         IoU), ``recall_50`` of the picked mask, NaN where there is no instance; ``n``.
     """
-    iou, score = [np.zeros((0, crop_n_layers + 1, 3))], [np.zeros((0, crop_n_layers + 1, 3))]
+    iou, score = [np.zeros((0, len(zooms), 3))], [np.zeros((0, len(zooms), 3))]
     for image, labels in zip(images, instances, strict=True):
         ids, areas = np.unique(labels[labels > 0], return_counts=True)
         ids = np.repeat(ids[areas >= AREA_RANGE[0] * labels.size], clicks_each)
@@ -346,11 +348,11 @@ def evaluate_layers(
             continue
         inside = [np.argwhere(labels == i) for i in ids]
         points = [pixels[int(rng.integers(len(pixels)))][::-1] for pixels in inside]
-        answers = _answers(sam, image, labels, ids, np.array(points), crop_n_layers)
+        answers = _answers(sam, image, labels, ids, np.array(points), zooms)
         iou.append(answers[0])
         score.append(answers[1])
     iou, score = np.concatenate(iou), np.concatenate(score)
-    return [_scores(iou[:, :k], score[:, :k]) for k in range(1, crop_n_layers + 2)]
+    return [_scores(iou[:, :k], score[:, :k]) for k in range(1, len(zooms) + 1)]
 
 
 def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
@@ -362,37 +364,34 @@ def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
     return {**means, "n": len(iou)}
 
 
-def _answers(sam, image, labels, ids, points, n_layers: int) -> tuple[np.ndarray, np.ndarray]:
+def _answers(sam, image, labels, ids, points, zooms) -> tuple[np.ndarray, np.ndarray]:
     """IoU with its instance, and predicted IoU (-1 where a crop cuts it), of each click's masks.
 
-    Both have the shape (clicks, layers + 1, 3).
+    Both have the shape (clicks, zooms, 3).
     """
-    predictor, size = SamPredictor(sam), labels.shape
-    iou, score = np.zeros((2, len(ids), n_layers + 1, 3))
-    for layer, boxes in enumerate(crop_boxes(size, n_layers)):
-        asked_in = nearest(boxes, *points.reshape(-1, 2).T)
-        for b in np.unique(asked_in):
-            x0, y0, x1, y1 = boxes[b]
-            inner = inner_edges(boxes[b], size)
-            predictor.set_image(np.ascontiguousarray(image[y0:y1, x0:x1]))
-            for i in np.flatnonzero(asked_in == b):
-                at = points[[i]] - (x0, y0)
-                masks, predicted, _ = predictor.predict(at, np.array([1]))
-                truth = labels == ids[i]
-                both = (masks & truth[y0:y1, x0:x1]).sum((1, 2))
-                iou[i, layer] = both / (masks.sum((1, 2)) + truth.sum() - both)
-                score[i, layer] = np.where(reaches(masks, inner), -1, predicted)
+    predictor, size, shown = SamPredictor(sam), labels.shape, None
+    iou, score = np.zeros((2, len(ids), len(zooms), 3))
+    for z, zoom in enumerate(zooms):
+        for i, point in enumerate(points):
+            box = x0, y0, x1, y1 = centred(*point, size, zoom)
+            if box != shown:
+                predictor.set_image(np.ascontiguousarray(image[y0:y1, x0:x1]))
+                shown = box
+            masks, predicted, _ = predictor.predict(point[None] - (x0, y0), np.array([1]))
+            truth = labels == ids[i]
+            both = (masks & truth[y0:y1, x0:x1]).sum((1, 2))
+            iou[i, z] = both / (masks.sum((1, 2)) + truth.sum() - both)
+            score[i, z] = np.where(reaches(masks, inner_edges(box, size)), -1, predicted)
     return iou, score
 
 
-def measure_files(paths: Sequence[str | Path], *, n: int = 24, crop_n_layers: int = 3) -> None:
+def measure_files(paths: Sequence[str | Path], *, n: int = 24) -> None:
     """Print what a click gives with the weights of each file, on `n` unseen phantoms."""
     test = held_out(n)
-    print("IoU of the best and of the preferred mask, in the whole image and in layers of crops")
+    shares = ", ".join(f"1/{zoom:.3g}" for zoom in ZOOMS)
+    print(f"IoU of the best and of the preferred mask, with crops of {shares} of the sides")
     for path in paths:
-        found = evaluate_layers(
-            load_sam(path), *test, rng=np.random.default_rng(0), crop_n_layers=crop_n_layers
-        )
+        found = evaluate_zooms(load_sam(path), *test, rng=np.random.default_rng(0), zooms=ZOOMS)
         scores = "  ".join(f"{s['oracle_iou']:.3f} {s['picked_iou']:.3f}" for s in found)
         print(f"{Path(path).stem:16s} {found[0]['n']} glands:  {scores}", flush=True)
 

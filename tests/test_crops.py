@@ -19,6 +19,7 @@ from helpers.anchors import (
     segment,
 )
 from helpers.crops import (
+    centred,
     crop_boxes,
     explained,
     inner_edges,
@@ -400,6 +401,30 @@ def test_bad_settings_are_named(small, image):
         segment(small, image, rng=rng, crop_n_layers=-2)
     with pytest.raises(ValueError, match=r"pred_iou_thresh = 1.5; it must lie in \[0, 1\]"):
         segment(small, image, rng=rng, n_segments=2, crop_n_layers=0, pred_iou_thresh=1.5)
+
+
+@pytest.mark.parametrize("zoom", [1, 1.5, 4])
+def test_a_box_around_a_pixel_is_the_nearest_of_its_size(zoom):
+    height, width = 45, 84
+    h, w = round(height / zoom), round(width / zoom)
+    for x, y in [(0, 0), (83, 44), (83, 0), (40, 20), (9, 30)]:
+        x0, y0, x1, y1 = box = centred(x, y, (height, width), zoom)
+        assert all(isinstance(edge, int) for edge in box)
+        assert (x1 - x0, y1 - y0) == (w, h) and x0 <= x < x1 and y0 <= y < y1
+        fitting = [
+            (abs(i + w / 2 - x - 0.5) + abs(j + h / 2 - y - 0.5), i, j)
+            for i in range(width - w + 1)
+            for j in range(height - h + 1)
+        ]
+        away = abs(x0 + w / 2 - x - 0.5) + abs(y0 + h / 2 - y - 0.5)
+        assert away == min(fitting)[0]
+
+
+def test_zooms_that_show_nothing_are_named():
+    with pytest.raises(ValueError, match=r"zoom = 0\.5; 1 is the whole image"):
+        centred(3, 4, (45, 84), 0.5)
+    with pytest.raises(ValueError, match="zoom = 9 leaves 5 x 9 pixels of an image of 45 x 84"):
+        centred(3, 4, (45, 84), 9)
 
 
 def test_the_nearest_box_is_that_of_a_literal_search():

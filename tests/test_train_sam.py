@@ -14,7 +14,6 @@ import torch
 from skimage.measure import label
 
 from helpers import train_sam
-from helpers.crops import crop_boxes
 from helpers.sam import load_sam
 from helpers.sam_scenes import (
     LEVELS,
@@ -33,7 +32,7 @@ from helpers.train_sam import (
     clicks,
     command_line,
     evaluate,
-    evaluate_layers,
+    evaluate_zooms,
     export,
     load_imagenet,
     main,
@@ -417,7 +416,7 @@ def test_evaluation_counts_each_gland_once(folder):
     assert 0 <= score["picked_iou"] <= score["oracle_iou"] <= 1 and score["n"] > 0
 
 
-def test_a_click_is_asked_again_in_the_nearest_crop_of_each_layer():
+def test_a_click_is_asked_again_in_crops_around_it():
     class Perfect:
         """Draws what is bright around the click, and is the surer the smaller the picture is."""
 
@@ -440,30 +439,30 @@ def test_a_click_is_asked_again_in_the_nearest_crop_of_each_layer():
     labels = 3 * small + 7 * large
     image = np.repeat(255 * (labels > 0)[..., None], 3, axis=2).astype(np.uint8)
     with mock.patch("helpers.train_sam.SamPredictor", Perfect):
-        for layers in (0, 1, 2):  # crops cut the large disc, and are not picked for it
-            rng = np.random.default_rng(layers)
-            score = evaluate(None, [image], [labels], rng=rng, clicks_each=4, crop_n_layers=layers)
+        for n in (1, 2, 3):  # crops cut the large disc, and are not picked for it
+            rng, zooms = np.random.default_rng(n), (1, 2, 4)[:n]
+            score = evaluate(None, [image], [labels], rng=rng, clicks_each=4, zooms=zooms)
             assert score == {"oracle_iou": 1, "picked_iou": 1, "recall_50": 1, "n": 8}
 
 
-def test_layers_measured_together_are_those_measured_alone(folder):
+def test_zooms_measured_together_are_those_measured_alone(folder):
     images, instances = held_out(2, size=128)
     sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
     alone = [
-        evaluate(sam, images, instances, rng=np.random.default_rng(0), crop_n_layers=layers)
-        for layers in (0, 1, 2)
+        evaluate(sam, images, instances, rng=np.random.default_rng(0), zooms=(1, 1.5, 3)[:n])
+        for n in (1, 2, 3)
     ]
     best = [score["oracle_iou"] for score in alone]
     assert best == sorted(best) and len({score["n"] for score in alone}) == 1
-    together = evaluate_layers(
-        sam, images, instances, rng=np.random.default_rng(0), crop_n_layers=2
+    together = evaluate_zooms(
+        sam, images, instances, rng=np.random.default_rng(0), zooms=(1, 1.5, 3)
     )
     assert together == alone
 
 
 def test_weights_are_measured_by_name_and_by_path(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_sam, "held_out", lambda n: held_out(1, size=96))
-    monkeypatch.setattr(train_sam, "crop_boxes", lambda size, n: crop_boxes(size, 0))
+    monkeypatch.setattr(train_sam, "ZOOMS", (1, 2))
     file = tmp_path / "mine.safetensors"
     export(Trainer(RECIPE, Scenes(folder / "scenes")), file)
     main(["--measure", "small", str(file)])

@@ -67,12 +67,10 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     if not chosen:
         raise SystemExit(f"data set {options.dataset!r} has no annotated image to compare with")
     images, truth = [data.image(i) for i, _ in chosen], [labels for _, labels in chosen]
-    clicks = [
-        train_sam.evaluate(
-            model, images, truth, rng=np.random.default_rng(0), clicks_each=2, crop_n_layers=layers
-        )
-        for layers in (0, 2)
-    ]
+    zooms = train_sam.ZOOMS
+    clicks = train_sam.evaluate_zooms(
+        model, images, truth, rng=np.random.default_rng(0), clicks_each=2, zooms=zooms
+    )
     rows = [
         {"method": name, **anchors.match_glands(masks, labels, min_area=0.002)}
         for seed, (image, labels) in enumerate(zip(images, truth, strict=True))
@@ -83,7 +81,8 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
         f"{options.dataset}, {len(chosen)} images, {options.checkpoint}; two clicks a gland "
         f"(n = {clicks[0]['n']}): IoU of the best mask, and of the preferred one"
     )
-    for where, found in zip(("whole image", "and in crops"), clicks, strict=True):
+    for zoom, found in zip(zooms, clicks, strict=True):
+        where = f"and 1/{zoom:.3g} of it" if zoom > 1 else "whole image"
         print(f"  {where}: {found['oracle_iou']:.3f}, {found['picked_iou']:.3f}")
     print(table.to_string(float_format="{:.3f}".format))
     return table
