@@ -413,7 +413,8 @@ def test_evaluation_counts_each_gland_once(folder):
     images, instances = held_out(2, size=96)
     sam = Trainer(RECIPE, Scenes(folder / "scenes")).averaged()
     score = evaluate(sam, images, instances, rng=np.random.default_rng(0))
-    assert 0 <= score["picked_iou"] <= score["oracle_iou"] <= 1 and score["n"] > 0
+    assert 0 <= score["picked_iou"] <= score["three_iou"] == score["oracle_iou"] <= 1
+    assert score["n"] > 0
 
 
 def test_a_click_is_asked_again_in_crops_around_it():
@@ -439,10 +440,22 @@ def test_a_click_is_asked_again_in_crops_around_it():
     labels = 3 * small + 7 * large
     image = np.repeat(255 * (labels > 0)[..., None], 3, axis=2).astype(np.uint8)
     with mock.patch("helpers.train_sam.SamPredictor", Perfect):
-        for n in (1, 2, 3):  # crops cut the large disc, and are not picked for it
-            rng, zooms = np.random.default_rng(n), (1, 2, 4)[:n]
+        for k in (1, 2, 3):  # crops cut the large disc, and are not picked for it
+            rng, zooms = np.random.default_rng(k), (1, 2, 4)[:k]
             score = evaluate(None, [image], [labels], rng=rng, clicks_each=4, zooms=zooms)
-            assert score == {"oracle_iou": 1, "picked_iou": 1, "recall_50": 1, "n": 8}
+            assert score.pop("n") == 8 and set(score.values()) == {1}
+
+
+def test_of_all_masks_three_are_those_of_the_highest_predicted_iou():
+    iou = np.array([[[0.9, 0.2, 0.3], [0.4, 0.8, 0.1]], [[0.3, 0.1, 0.2], [0.6, 0.7, 0.4]]])
+    score = np.array([[[0.1, 0.8, 0.7], [0.9, 0.3, 0.6]], [[-1, -1, 0.2], [0.3, -1, 0.1]]])
+    expected = {
+        "oracle_iou": (0.9 + 0.7) / 2, "three_iou": (0.4 + 0.6) / 2,
+        "picked_iou": (0.4 + 0.6) / 2, "recall_50": 0.5, "n": 2,
+    }  # fmt: skip
+    assert train_sam._scores(iou, score) == pytest.approx(expected)
+    first = train_sam._scores(iou[:, :1], score[:, :1])
+    assert first["three_iou"] == first["oracle_iou"] == pytest.approx((0.9 + 0.3) / 2)
 
 
 def test_zooms_measured_together_are_those_measured_alone(folder):
@@ -454,6 +467,7 @@ def test_zooms_measured_together_are_those_measured_alone(folder):
     ]
     best = [score["oracle_iou"] for score in alone]
     assert best == sorted(best) and len({score["n"] for score in alone}) == 1
+    assert all(s["picked_iou"] <= s["three_iou"] <= s["oracle_iou"] for s in alone)
     together = evaluate_zooms(
         sam, images, instances, rng=np.random.default_rng(0), zooms=(1, 1.5, 3)
     )
@@ -468,8 +482,8 @@ def test_weights_are_measured_by_name_and_by_path(folder, tmp_path, monkeypatch,
     main(["--measure", "small", str(file)])
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["small", "mine"]
-    best, preferred = map(float, lines[0].split(":")[1].split()[:2])
-    assert 0 < preferred <= best <= 1
+    best, of_three, preferred = map(float, lines[0].split(":")[1].split()[:3])
+    assert 0 < preferred <= of_three == best <= 1
 
 
 def test_command_line_of_a_recipe_gives_that_recipe_back():

@@ -79,11 +79,14 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     table = _summary(pd.DataFrame(rows))
     print(
         f"{options.dataset}, {len(chosen)} images, {options.checkpoint}; two clicks a gland "
-        f"(n = {clicks[0]['n']}): IoU of the best mask, and of the preferred one"
+        f"(n = {clicks[0]['n']}): IoU of the best mask, the best of three, and the preferred one"
     )
     for zoom, found in zip(zooms, clicks, strict=True):
         where = f"and 1/{zoom:.3g} of it" if zoom > 1 else "whole image"
-        print(f"  {where}: {found['oracle_iou']:.3f}, {found['picked_iou']:.3f}")
+        print(
+            f"  {where}: {found['oracle_iou']:.3f}, {found['three_iou']:.3f}, "
+            f"{found['picked_iou']:.3f}"
+        )
     print(table.to_string(float_format="{:.3f}".format))
     return table
 
