@@ -966,6 +966,6 @@ def _chosen(logits, iou, choices, region):
     which = dict(zip(("smallest", "middle", "largest"), order.unbind(-1), strict=True))
     which["best"] = iou.argmax(-1)
     index = torch.stack([which[choice] for choice in choices], dim=-1)
-    batch, prompt = np.ogrid[: index.shape[0], : index.shape[1]]
-    at = (batch[..., None], prompt[..., None], index)
+    batch, prompt = (torch.arange(n, device=index.device) for n in index.shape[:2])
+    at = (batch[:, None, None], prompt[:, None], index)
     return logits[at], iou[at]

@@ -40,7 +40,7 @@ from helpers.weights import write_weights
 TARGETS = 3
 #: Objects smaller or larger than these shares of the crop are no targets.
 AREA_RANGE = (0.0025, 0.70)
-#: Crops around a click, from the whole image to a quarter of its sides; see :func:`evaluate_zooms`.
+#: How far a click is zoomed in on, to a quarter of the sides at last; see :func:`evaluate_zooms`.
 ZOOMS = tuple(2 ** (i / 2) for i in range(5))
 
 
