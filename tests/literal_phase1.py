@@ -11,6 +11,11 @@ def literal_proposals(sam, image, points):
     """One `SamPredictor.predict` for each point; the mask with the highest predicted IoU."""
     predictor = SamPredictor(sam)
     predictor.set_image(image)
+    return literal_answers(predictor, points)
+
+
+def literal_answers(predictor, points):
+    """Those of the image that is set."""
     masks, scores = [], []
     for x, y in points.reshape(-1, 2):
         three, quality, _ = predictor.predict(np.array([[x, y]]), np.array([1]))

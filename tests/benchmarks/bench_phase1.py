@@ -17,11 +17,11 @@ import argparse
 import numpy as np
 import pandas as pd
 import torch
-from segment_anything import sam_model_registry
+from segment_anything import SamPredictor, sam_model_registry
 
 from helpers import anchors, config, phantom, sam
 from tests.benchmarks.measure import clock, peak_memory
-from tests.literal_phase1 import literal_anchors, literal_proposals
+from tests.literal_phase1 import literal_anchors, literal_answers
 
 
 def views(image: np.ndarray, options, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -175,10 +175,10 @@ def _literal(model, image, points, n_literal, index, proposals):
             for a, b in zip(index, reference, strict=True)
         ]
         return slow, float(np.mean(same))
-    flat = points.reshape(-1, 2)
-    one, _ = clock(lambda: literal_proposals(model, image, flat[:1]))
-    more, _ = clock(lambda: literal_proposals(model, image, flat[: n_literal + 1]))
-    return one + (more - one) / n_literal * (len(flat) - 1), float("nan")
+    predictor, flat = SamPredictor(model), points.reshape(-1, 2)
+    encoder, _ = clock(lambda: predictor.set_image(image))
+    prompts, _ = clock(lambda: literal_answers(predictor, flat[:n_literal]))
+    return encoder + prompts * len(flat) / min(n_literal, len(flat)), float("nan")
 
 
 def _iou(a, b):
