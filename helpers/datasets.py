@@ -730,7 +730,7 @@ def _load_phantom(name, image_size, seed, limits):
     """Draw the colon (or prostate) phantom; every patient has two fields of one grade."""
     organ = "prostate" if name == "phantom-prostate" else "colon"
     classes = phantom.GRADES[organ]
-    draw = lru_cache(maxsize=16)(phantom.render)  # pixels and instances of a field: one drawing
+    draw = lru_cache(maxsize=2)(phantom.render)  # pixels and instances of one field, drawn once
     rows, images, instances = [], {}, {}
     for s, split in enumerate(SPLITS):
         limit = limits.get(split)
