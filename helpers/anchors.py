@@ -846,7 +846,7 @@ def segment_all(
     """Segment many images, and go on where a run that was stopped left off.
 
     Below `folder`, ``<image_id>.json`` holds the segments of an image as COCO JSON and
-    ``<image_id>.rows.json`` what else is kept of it, written last: an image that has the second
+    ``rows/<image_id>.json`` what else is kept of it, written last: an image that has the second
     file is not segmented again.
 
     Parameters
@@ -873,11 +873,11 @@ def segment_all(
         image_id = images["image_id"].iloc[row]
         found, rest = work(images.iloc[row])
         save_coco(folder / f"{image_id}.json", images.iloc[[row]], {image_id: found})
-        with replacing(folder / f"{image_id}.rows.json") as path:
+        with replacing(folder / "rows" / f"{image_id}.json") as path:
             path.write_text(json.dumps(rest), encoding="utf-8")
 
     folder = Path(folder)
-    rows = [folder / f"{image_id}.rows.json" for image_id in images["image_id"]]
+    rows = [folder / "rows" / f"{image_id}.json" for image_id in images["image_id"]]
     for _ in in_threads(file, [i for i, path in enumerate(rows) if not path.exists()], device):
         pass
     parts = [load_coco(folder / f"{image_id}.json") for image_id in images["image_id"]]

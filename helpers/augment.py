@@ -5,6 +5,8 @@ Images made once and for all, by segment replacement, are those of :mod:`helpers
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torchvision.transforms import v2
 
@@ -26,12 +28,13 @@ def traditional(image_size: int) -> v2.Transform:
         (3, H, W) uint8 tensor to (3, H, W) float32 in [0, 1].
     """
     _positive(image_size, "image_size")
-    sigma = max(image_size / 512, 0.1)
+    sigma_max = 2 * max(image_size / 512, 0.1)
+    kernel_size = 2 * math.ceil(3 * sigma_max) + 1
     return v2.Compose([
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
         v2.ColorJitter(contrast=0.2, saturation=0.2, hue=0.04),
-        v2.RandomApply([v2.GaussianBlur(kernel_size=5, sigma=(0.1, 2 * sigma))], p=0.3),
+        v2.RandomApply([v2.GaussianBlur(kernel_size, sigma=(0.1, sigma_max))], p=0.3),
         v2.ToDtype(torch.float32, scale=True),
         v2.RandomApply([v2.GaussianNoise(sigma=0.02)], p=0.3),
     ])  # fmt: skip

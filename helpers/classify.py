@@ -13,8 +13,9 @@ import contextlib
 import hashlib
 import numbers
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ def fit(
     batch_transform: Callable[..., Any] | None = None,
     generator: torch.Generator,
     device: str = "cpu",
+    workers: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Training:
@@ -259,6 +261,9 @@ def fit(
     generator : torch.Generator
         Source of the order and of all augmentation; the same state gives the same weights.
     device : str
+    workers : int
+        Processes that make batches ahead; they change the speed alone. What transforms has to be
+        such that it can be pickled, then.
     checkpoint : path or str, optional
         Written after each epoch; a training that finds the file goes on from it. Images, labels and
         settings are compared, augmentation is not. Remove it when the training is done with.
@@ -297,7 +302,13 @@ def fit(
         "epoch": 0, "curve": [], "best": _copy(classifier), "best_epoch": 0,
         "best_key": (-1.0, 0.0, 0),
     }  # fmt: skip
-    batches = _Batches(images, labels, batch_size, seed, transform, batch_transform, device)
+    batches = _Batches(images, labels, batch_size, seed, transform, batch_transform)
+    ahead = iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        sampler=range(state["epoch"] * steps_per_epoch, epochs * steps_per_epoch),
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=torch.device(device).type == "cuda",
+    ))  # fmt: skip
     bar = tqdm(
         total=epochs * steps_per_epoch, initial=state["epoch"] * steps_per_epoch,
         desc="training", disable=not progress, leave=False,
@@ -308,7 +319,7 @@ def fit(
                 start = epoch * steps_per_epoch
                 with _seeded((seed + 1 + epoch) % 2**62):
                     steps = range(start, start + steps_per_epoch)
-                    loss = _epoch(classifier, optimiser, schedule, batches, steps, bar)
+                    loss = _epoch(classifier, optimiser, schedule, steps, ahead, device, bar)
                 record = {"epoch": epoch + 1, "step": start + steps_per_epoch, "loss": loss}
                 record["rate"] = optimiser.param_groups[0]["lr"]
                 key = (0.0, 0.0, epoch)
@@ -328,15 +339,23 @@ def fit(
 
 
 def predict(
-    classifier: Classifier, images: np.ndarray, *, batch: int = 64, device: str = "cpu"
+    classifier: Classifier,
+    images: Iterable[np.ndarray],
+    *,
+    size: int | None = None,
+    batch: int = 64,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Class probabilities of images.
 
     Parameters
     ----------
     classifier : Classifier
-    images : (n, H, W, 3) uint8 ndarray
-        Of the network's input size.
+    images : iterable of (H, W, 3) uint8 ndarray
+        Of the network's input size. They are asked for batch by batch: of a set that is read from
+        files, only as many are in memory.
+    size : int, optional
+        Input side to which each batch is brought first, see :func:`resize`.
     batch : int
         Images a pass; it changes speed, not the result.
     device : str
@@ -346,14 +365,14 @@ def predict(
     (n, n_classes) float32 ndarray
         Rows sum to 1.
     """
-    images = check_images(images)
     classifier.to(device).eval()  # outside of inference mode: what is moved in it cannot be trained
-    out = np.empty((len(images), classifier.n_classes), np.float32)
+    images, found = iter(images), [np.zeros((0, classifier.n_classes), np.float32)]
     with torch.inference_mode():
-        for start in range(0, len(images), batch):
-            x = _tensor(images[start : start + batch]).to(device).float().div_(255)
-            out[start : start + batch] = classifier(x).float().softmax(1).cpu().numpy()
-    return out
+        while part := list(islice(images, batch)):
+            part = check_images(np.stack(part) if size is None else resize(part, size))
+            x = _tensor(part).to(device).float().div_(255)
+            found.append(classifier(x).float().softmax(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def resize(images: Any, size: int) -> np.ndarray:
@@ -379,26 +398,28 @@ def resize(images: Any, size: int) -> np.ndarray:
     return np.stack(out) if out else np.zeros((0, size, size, 3), np.uint8)
 
 
-class _Batches:
-    """Batches by number: batch k is the same whenever it is asked for with the same global seed."""
+class _Batches(torch.utils.data.Dataset):
+    """Batches by number: batch k is the same whenever it is asked for, in whichever process."""
 
-    def __init__(self, images, labels, size, seed, transform, batch_transform, device) -> None:
-        self._images, self._labels = _tensor(images), torch.from_numpy(labels)
-        self._size, self._seed, self._device = size, seed, device
+    def __init__(self, images, labels, size, seed, transform, batch_transform) -> None:
+        self._images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        self._labels = torch.from_numpy(labels)
+        self._size, self._seed = size, seed
         self._transform, self._batch_transform = transform, batch_transform
         self._permutations: dict[int, torch.Tensor] = {}
 
-    def __call__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = self._index(k)
-        chosen = [self._images[i] for i in index.tolist()]
-        if self._transform is not None:
-            chosen = [self._transform(image) for image in chosen]
-        x = torch.stack([torch.as_tensor(image) for image in chosen])
-        x = x.float().div_(255) if x.dtype == torch.uint8 else x.float().clamp_(0, 1)
-        y = self._labels[index]
-        if self._batch_transform is not None:
-            x, y = self._batch_transform(x, y)
-        return x.to(self._device), y.to(self._device)
+        chosen = [self._images[i].contiguous() for i in index.tolist()]
+        with _seeded((self._seed + 104_729 * (k + 1)) % 2**62, devices=()):
+            if self._transform is not None:
+                chosen = [self._transform(image) for image in chosen]
+            x = torch.stack([torch.as_tensor(image) for image in chosen])
+            x = x.float().div_(255) if x.dtype == torch.uint8 else x.float().clamp_(0, 1)
+            y = self._labels[index]
+            if self._batch_transform is not None:
+                x, y = self._batch_transform(x, y)
+        return x, y
 
     def _index(self, k: int) -> torch.Tensor:
         n = len(self._images)
@@ -412,13 +433,13 @@ class _Batches:
         return self._permutations[number]
 
 
-def _epoch(classifier, optimiser, schedule, batches: _Batches, steps: range, bar) -> float:
-    """One epoch of optimiser steps; mean loss."""
+def _epoch(classifier, optimiser, schedule, steps: range, ahead: Iterator, device, bar) -> float:
+    """One epoch of optimiser steps, on the batches that come next; mean loss."""
     classifier.train()
     losses = []
-    for step in steps:
+    for step, (x, y) in zip(steps, ahead, strict=False):
         schedule.step(step / len(steps))
-        x, y = batches(step)
+        x, y = (each.to(device, non_blocking=True) for each in (x, y))
         loss = functional.cross_entropy(classifier(x), y)
         value = loss.item()
         if not np.isfinite(value):
@@ -488,9 +509,12 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Torch's global random state, which layers and torchvision draw from, set for a while."""
-    with torch.random.fork_rng():
+def _seeded(seed: int, devices: Collection[int] | None = None) -> Iterator[None]:
+    """Torch's global random state, which layers and torchvision draw from, set for a while.
+
+    It is that of the CPU and of all GPUs, or of those in `devices`.
+    """
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

@@ -56,6 +56,12 @@ CHECKPOINTS = {
 #: depend on the shipped files that their helpers name, and every chapter has this one.)
 LATENT_PAIR = ("autoencoder", "unet")
 
+#: Share of the noise levels from which a gap that nothing was pasted into gets a structure.
+LEAST_STRENGTH = 0.5
+#: Steps that spacing "leading" takes with a solver of second order; of :mod:`helpers.samplers`,
+#: which all chapters would depend on if it were imported.
+FEWEST_LEADING = 100
+
 #: Data sets that are read from a folder the user names.
 NEED_ROOT = ("folder", "glas", "kbsmc-colon", "usz-prostate", "pathmnist")
 
@@ -312,6 +318,11 @@ class ProbabilisticReplacement(Common):
                 f"side, more than band={self.band}: blended pixels would pass as known ones; lower "
                 "feather or raise band"
             )
+        if self.band == 0 and self.gap == "context":
+            raise ValueError(
+                "band=0 with gap='context' leaves no pixel to inpaint: raise band, or set gap to "
+                "'inpaint'"
+            )
         return self
 
 
@@ -368,7 +379,17 @@ class SdeMcgInpainting(WithDevice):
                 f"method='repaint' jumps back in time, which solver={self.solver!r} cannot: use "
                 "solver 'ddim' or 'euler'"
             )
+        self.check_steps("steps", self.steps)
         return self
+
+    def check_steps(self, name: str, steps: int) -> None:
+        """Refuse so few of these levels that the solver goes astray in the last step."""
+        if self.spacing == "leading" and "dpm" in self.solver and steps < FEWEST_LEADING:
+            raise ValueError(
+                f"{name}={steps} with spacing='leading' and solver={self.solver!r}, whose last "
+                f"step goes wrong with fewer than {FEWEST_LEADING}: raise {name}, or set spacing "
+                "to 'karras'"
+            )
 
 
 class Synthesis(WithDevice):
@@ -420,6 +441,9 @@ class ClassifierEvaluation(WithDevice):
     ]
     batch_size: Annotated[int, Field(ge=2, description="images a step")]
     classifier_image_size: Annotated[int, Field(ge=32, le=2048, description="input side, pixels")]
+    workers: Annotated[
+        Natural, Field(description="processes that make batches ahead; they change speed alone")
+    ]
     n_seeds: Annotated[Positive, Field(description="trainings a cell of the table")]
     n_bootstrap: Annotated[Positive, Field(description="bootstrap resamples by patient")]
 
@@ -538,6 +562,37 @@ def build(chapter: str, values: Mapping[str, Any]) -> Common:
             "nothing has been run or changed."
         ) from None
     return params
+
+
+def check_healing(
+    params: Synthesis,
+    drawing: ProbabilisticReplacement | None = None,
+    healing: SdeMcgInpainting | None = None,
+) -> None:
+    """Refuse settings of chapter 06 that those of chapters 04 and 05 do not allow.
+
+    Parameters
+    ----------
+    params : Synthesis
+    drawing : ProbabilisticReplacement, optional
+    healing : SdeMcgInpainting, optional
+        Those that are known.
+
+    Raises
+    ------
+    ValueError
+        If a gap is to be inpainted from a strength below :data:`LEAST_STRENGTH`, where it would
+        stay flat, or the solver needs more steps.
+    """
+    if drawing and drawing.gap == "inpaint" and params.synthesis_strength < LEAST_STRENGTH:
+        raise ValueError(
+            f"gap='inpaint' leaves gaps with a flat colour, which healing from the lowest "
+            f"{params.synthesis_strength:.1%} of the noise levels would keep: set "
+            "synthesis_strength to 1, with more synthesis_steps (500 in the paper), or gap to "
+            "'context' (chapter 04)"
+        )
+    if healing:
+        healing.check_steps("synthesis_steps", params.synthesis_steps)
 
 
 def checkpoint_paths(params: Common) -> dict[str, str]:

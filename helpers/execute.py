@@ -138,6 +138,12 @@ def settings(
         except ValueError as error:
             problems.append(str(error))
         told[chapter] = {name: value for name, value in own.items() if cell.get(name) != value}
+    if (synthesis := checked.get("06_synthesis")) is not None:
+        others = map(checked.get, ("04_probabilistic_replacement", "05_sde_mcg_inpainting"))
+        try:
+            config.check_healing(synthesis, *others)
+        except ValueError as error:
+            problems.append(f"chapter 06_synthesis: {error}")
     if problems:
         raise ValueError("\n".join(problems))
     return checked, told

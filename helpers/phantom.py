@@ -27,6 +27,7 @@ STAIN_HE = np.array([[0.47, 0.84, 0.27], [0.07, 0.97, 0.23]])
 #: Optical density per unit of dye (rows: haematoxylin, DAB; columns: red, green, blue).
 STAIN_IHC = np.array([[0.75, 0.61, 0.26], [0.36, 0.53, 0.77]])
 
+_FAR = 1e6  # pixels to what a field has not; OpenCV says the largest float, which overflows
 _MARGIN = 14.0  # micrometres drawn beyond the field and cut off, so that nothing knows the border
 
 
@@ -275,8 +276,12 @@ class _Canvas:
         return self.blur(self.drawn(polygons).astype(np.float32), sigma)
 
     def distance(self, mask):
-        """Distance of each pixel of `mask` to the nearest one outside it, micrometres."""
-        return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5) / np.float32(self.k)
+        """Distance of each pixel of `mask` to the nearest one outside it, micrometres.
+
+        Where there is none outside, it is far, but finite.
+        """
+        pixels = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+        return np.minimum(pixels, _FAR) / np.float32(self.k)
 
     def blur(self, image, sigma):
         """Gaussian blur, sigma in micrometres."""

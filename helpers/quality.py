@@ -746,8 +746,6 @@ def _shows(origins: Sequence[Collection[str]]) -> csr_array:
 def _parts(samples: _Samples, rows: np.ndarray, size: int, n: int, rng) -> list[np.ndarray]:
     """`n` disjoint subsets of about `size` of the rows, with the classes in their shares."""
     order, shares = rng.permutation(rows), samples.shares
-    if len(shares) == 1:
-        return [order[i * size : (i + 1) * size] for i in range(n)]
     of_class = [order[own > 0] for own in samples.members[order].T]
     wanted = [
         max(2, min(round(size * share), len(own) // n))

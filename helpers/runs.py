@@ -272,14 +272,22 @@ def closure(chapter: str) -> dict[str, str]:
 
 
 def weights(chapter: str) -> dict[str, str]:
-    """Weight files of ``data/weights`` that a chapter's helpers or code name, with SHA-256."""
+    """Files of ``data/weights`` that a chapter's helpers or code name, with SHA-256.
+
+    With weights counts the curve of their training, the JSON file beside them.
+    """
     sources = [code(chapter)] + [
         (REPOSITORY / "helpers" / f"{name}.py").read_text(encoding="utf-8")
         for name in closure(chapter)
     ]
     text = "\n".join(sources)
-    files = sorted((REPOSITORY / "data" / "weights").glob("*.safetensors"))
-    return {path.name: _hashes.file(path) for path in files if path.name in text}
+    folder = REPOSITORY / "data" / "weights"
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    return {
+        path.name: _hashes.file(path)
+        for path in files
+        if path.name in text or path.with_suffix(".safetensors").name in text
+    }
 
 
 def executed(run: str, chapter: str) -> Path:
@@ -683,7 +691,9 @@ def _data(params: config.Common) -> str | None:
         if Path(given).is_dir():
             folder = Path(given)
             tables = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv")
-        found.append(_listing(folder))
+            found.append(_listing(folder))
+        else:  # a table, beside which anything may lie
+            found.append(_stats([folder / "classes.txt"], folder))
         for table in tables:
             found += [_hashes.file(table), _stats(set(_named_files(table)), folder)]
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None

@@ -455,7 +455,10 @@ def _difference(
     A draw of few patients may have none of a class, which says nothing about its F1: the mean is
     that of the other classes then.
     """
-    first, second = (np.einsum("bg,sgij->bsij", draws, x, optimize=True) for x in (a, b))
+    first, second = (  # exact as floats, too, whose products are ten times as fast
+        np.einsum("bg,sgij->bsij", draws.astype(float), x.astype(float), optimize=True)
+        for x in (a, b)
+    )
     gain = scores_from_confusion(second)[metric] - scores_from_confusion(first)[metric]
     if metric == "macro_f1":
         there = [np.count_nonzero(x.sum(-1), axis=-1) for x in (a.sum(1), first)]

@@ -29,9 +29,6 @@ from helpers.replacement import Composite, CompositeError, Sampler, compose
 #: Heals composites: (images (n, H, W, 3) uint8, unknown (n, H, W) bool, generators) -> images.
 Heal = Callable[[np.ndarray, np.ndarray, Sequence[torch.Generator]], np.ndarray]
 
-#: Share of the noise levels from which a gap that nothing was pasted into gets a structure.
-LEAST_STRENGTH = 0.5
-
 _KINDS = ("pasted", "regions", "images")  # pictures of each image, a folder each
 
 
@@ -62,6 +59,10 @@ class Piece:
     skipped: tuple[dict[str, str], ...]
 
 
+#: So many times in a row all images of a class are tried in vain before it is given up.
+GIVE_UP = 3
+
+
 def compose_all(
     pool: Pool,
     sampler: Sampler,
@@ -75,7 +76,8 @@ def compose_all(
     """Compose the images of every class, one after the other.
 
     Targets are all images of the class, in a new random order for each image; the first one that
-    meets the conditions is taken.
+    meets the conditions is taken. When none did, :data:`GIVE_UP` times in a row, the rest of the
+    class is not tried.
 
     Parameters
     ----------
@@ -111,7 +113,12 @@ def compose_all(
     names = _file_names(pool.classes)
     stains: dict[tuple[str, str], Any] = {}
     for label in labels:
+        in_vain, skipped = 0, []
         for order in range(n_per_class):
+            name = f"{names[label]}-{order:04d}"
+            if in_vain == GIVE_UP:
+                yield Piece(name, label, order, None, tuple(skipped))
+                continue
             rng = rng_of(label, order)
             composite, skipped = None, []
             for image_id in rng.permutation(ids[label]):
@@ -123,7 +130,7 @@ def compose_all(
                     break
                 except CompositeError as error:
                     skipped.append({"image_id": str(image_id), "reason": str(error)})
-            name = f"{names[label]}-{order:04d}"
+            in_vain = in_vain + 1 if composite is None else 0
             yield Piece(name, label, order, composite, tuple(skipped))
 
 
@@ -197,29 +204,6 @@ def synthesise(
             records += found
             bar.update(len(part))
     return records
-
-
-def check_strength(gap: str, strength: float) -> None:
-    """Refuse to start low where gaps are left to the sampler: they would stay flat.
-
-    Parameters
-    ----------
-    gap : {"context", "inpaint"}
-        What fills a gap, see :func:`helpers.replacement.paste`.
-    strength : float
-        Share of the noise levels that are walked, see :class:`helpers.samplers.Sampling`.
-
-    Raises
-    ------
-    ValueError
-        If the gap is to be inpainted from a strength below :data:`LEAST_STRENGTH`.
-    """
-    if gap == "inpaint" and strength < LEAST_STRENGTH:
-        raise ValueError(
-            f"gap='inpaint' leaves gaps with a flat colour, which healing from the lowest "
-            f"{strength:.1%} of the noise levels would keep: set synthesis_strength to 1, with "
-            "more synthesis_steps (500 in the paper), or gap to 'context' (chapter 04)"
-        )
 
 
 def weight_hashes(checkpoint: str | Path, shipped: Mapping[str, str]) -> dict[str, str]:

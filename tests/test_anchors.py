@@ -664,7 +664,7 @@ def test_segment_counts_what_it_drops(random_sam):
 
 def test_segmenting_goes_on_where_it_was_stopped(tmp_path):
     """The same table as in one go, from files of which those that are complete are kept."""
-    names = ["a", "b", "c", "d"]
+    names = ["a", "b", "c", "a.rows"]
     images = pd.DataFrame(
         {"image_id": names, "label": "x", "split": "train", "height": 30, "width": 50}
     )
@@ -685,8 +685,8 @@ def test_segmenting_goes_on_where_it_was_stopped(tmp_path):
         segment_all(lambda record: work(record, "c"), images, tmp_path)
     before = set(done)
     for name in before:  # the rows are written last, so an image with segments alone is not done
-        assert (tmp_path / f"{name}.rows.json").exists()
-    (tmp_path / "a.rows.json").unlink()
+        assert (tmp_path / "rows" / f"{name}.json").exists()
+    (tmp_path / "rows" / "a.json").unlink()
     done.clear()
     segments, kept = segment_all(work, images, tmp_path)
     assert set(done) == set(names) - (before - {"a"})

@@ -121,6 +121,22 @@ def test_every_pass_over_the_images_has_an_order_of_its_own(data):
     assert (one != other).any()
 
 
+def test_workers_change_no_batch(data):
+    found, mix = [], augment.mixup(2)
+    for workers in (0, 2):
+        classifier = tiny()
+        fit(classifier, data, transform=augment.traditional(32), batch_transform=mix,
+            epochs=2, workers=workers)  # fmt: skip
+        found.append(weights(classifier))
+    assert torch.equal(*found)
+    batches = classify._Batches(*data, 4, 0, augment.traditional(32), mix)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    later = batches[7][0]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.equal(batches[4][0], later) and torch.equal(batches[7][0], later)
+
+
 def test_every_epoch_draws_its_own_augmentation(data):
     drawn = []
 
@@ -315,6 +331,29 @@ def test_prediction_does_not_depend_on_the_batch(data):
         classify.predict(classifier, data[0], batch=5),
         atol=1e-6,
     )
+
+
+def test_prediction_takes_images_batch_by_batch_and_brings_them_to_size(data):
+    classifier, asked = tiny(), []
+
+    def read(n):
+        for i in range(n):
+            asked.append(i)
+            yield data[0][i % 12, :, : 32 - i % 2]  # of two shapes
+
+    def watch(x):
+        assert len(asked) - 4 * len(seen) <= 4
+        seen.append(x.shape)
+        return forward(x)
+
+    seen, forward = [], classifier.forward
+    classifier.forward = watch
+    found = classify.predict(classifier, read(10), size=24, batch=4)
+    assert seen == [(4, 3, 24, 24), (4, 3, 24, 24), (2, 3, 24, 24)]
+    classifier.forward = forward
+    expected = classify.predict(classifier, classify.resize(read(10), 24), batch=10)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert classify.predict(classifier, iter(()), size=24).shape == (0, 2)
 
 
 def test_resize_only_where_needed(data):

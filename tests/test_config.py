@@ -16,6 +16,7 @@ from helpers import (
     sam,
     samplers,
 )
+from helpers.samplers import Sampling
 from helpers.seam import BLEND_REACH
 
 GOOD = {
@@ -277,6 +278,57 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU here: use device='auto'"):
         config.torch_device("cuda:0")
+
+
+def test_gaps_are_not_left_to_a_low_level_of_noise():
+    drawing = defaults("04_probabilistic_replacement")
+    context, inpaint = (
+        config.build("04_probabilistic_replacement", drawing | {"gap": gap, "band": 4})
+        for gap in ("context", "inpaint")
+    )
+    low, high = (
+        config.build(
+            "06_synthesis",
+            defaults("06_synthesis") | {"synthesis_strength": s, "synthesis_steps": 2},
+        )
+        for s in (0.005, 1.0)
+    )
+    config.check_healing(low, context)
+    config.check_healing(high, inpaint)
+    config.check_healing(low)
+    with pytest.raises(ValueError, match=r"lowest 0\.5% .*synthesis_strength to 1"):
+        config.check_healing(low, inpaint)
+
+
+def test_levels_too_few_for_the_solver_are_refused_by_all_that_use_them():
+    """The same bound as of the samplers, which the parameters cannot import."""
+    n = config.FEWEST_LEADING
+    leading = {"solver": "sde-dpm++", "spacing": "leading"}
+    assert Sampling(**leading, steps=n).steps == n
+    with pytest.raises(ValueError, match="'leading' ends"):
+        Sampling(**leading, steps=n - 1)
+    values = defaults("05_sde_mcg_inpainting") | leading
+    healing = config.build("05_sde_mcg_inpainting", values | {"steps": n})
+    with pytest.raises(ValueError, match=r"steps=99 with spacing='leading' .*set spacing to 'karr"):
+        config.build("05_sde_mcg_inpainting", values | {"steps": n - 1})
+    assert config.build("05_sde_mcg_inpainting", values | {"steps": 5, "solver": "ddim"})
+    few, enough = (
+        config.build(
+            "06_synthesis",
+            defaults("06_synthesis") | {"synthesis_strength": 1.0, "synthesis_steps": steps},
+        )
+        for steps in (n - 1, n)
+    )
+    config.check_healing(enough, healing=healing)
+    with pytest.raises(ValueError, match=r"^synthesis_steps=99 with spacing='leading'"):
+        config.check_healing(few, healing=healing)
+
+
+def test_something_is_left_to_inpaint():
+    values = defaults("04_probabilistic_replacement") | {"band": 0, "feather": 0.0}
+    assert config.build("04_probabilistic_replacement", values | {"gap": "inpaint"})
+    with pytest.raises(ValueError, match="leaves no pixel to inpaint: raise band"):
+        config.build("04_probabilistic_replacement", values | {"gap": "context"})
 
 
 def test_what_is_blended_lies_in_the_band():

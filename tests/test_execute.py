@@ -161,6 +161,16 @@ def test_wrong_parameters_are_refused_before_anything_runs(project):
     assert "GB" not in result.stdout
 
 
+def test_chapters_that_do_not_go_together_are_refused_before_anything_runs(run_root, capsys):
+    for given, said in (
+        (("gap", "inpaint"), "chapter 06_synthesis: gap='inpaint' leaves gaps"),
+        (("band", "0", "-p", "feather", "0"), "band=0 with gap='context' leaves no pixel"),
+        (("spacing", "leading", "-p", "steps", "100"), "06_synthesis: synthesis_steps=2 with"),
+    ):
+        assert execute.main(["--run", "r", "-p", *given]) != 0
+        assert said in capsys.readouterr().err and not (run_root / "r").exists()
+
+
 def test_a_missing_predecessor_is_named(project):
     result = subprocess.run(
         [sys.executable, "-m", "helpers.execute", "--run", "empty", "--only", "01"],

@@ -308,3 +308,14 @@ def test_gleason_3_has_more_and_smaller_glands_than_benign_prostate():
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         phantom.render(**{"index": 0, **SMALL, **change})
+
+
+def test_far_from_everything_is_finite():
+    """A field that is all gland: OpenCV's answer, in micrometres, would overflow."""
+    canvas = phantom._Canvas(8.0, 12.0, 0.7)
+    with np.errstate(all="raise"):
+        found = canvas.distance(np.ones(canvas.shape, bool))
+    assert np.isfinite(found).all() and found.min() > 1e5
+    near = np.ones(canvas.shape, bool)
+    near[2, 3] = False
+    assert canvas.distance(near)[2, 5] == pytest.approx(2 / 0.7)

@@ -207,6 +207,18 @@ def test_a_subset_is_half_of_the_smaller_side_but_two_at_least_and_a_hundred_at_
             assert quality.kid_floor(many[:n], n_subsets=2, rng=rng).subset_size == size
 
 
+def test_samples_of_a_class_that_is_not_in_y_do_not_count():
+    """Neither in the value nor in the size of a subset."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)), rng.normal(size=(30, 5))
+    classes = [["a"] * 10 + ["b"] * 30, ["a"] * 30]
+    x[10:] += 9
+    found = quality.kid(x, y, classes=classes, n_subsets=20, rng=np.random.default_rng(1))
+    alone = quality.kid(x[:10], y, n_subsets=20, subset_size=5, rng=np.random.default_rng(1))
+    assert found.subset_size <= 10 and found.n_subsets == 20
+    assert abs(found.mean - alone.mean) < 3 * (found.std + alone.std) / np.sqrt(20)
+
+
 def test_kid_over_all_samples_is_mmd(features):
     x, y = features[0], features[1][:24]
     kid = quality.kid(x, y, subset_size=24, n_subsets=3, rng=np.random.default_rng(0))

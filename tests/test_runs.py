@@ -366,19 +366,32 @@ def test_closure_follows_imports_inside_functions(source):
     assert set(runs.closure(TISSUE)) == {"config", "runs", "other"}
 
 
-def test_weights_are_those_that_the_code_names(source):
+def test_weights_are_those_that_the_code_names_with_their_curves(source):
     assert set(runs.weights(FIRST)) == {"tiny_net.safetensors"}
+    before = {}
+    for name in ("tiny_net.json", "other.json"):
+        (source / "data" / "weights" / name).write_text("[]")
+        before = before or runs.weights(FIRST)
+        assert runs.weights(FIRST) == before and set(before) == {
+            "tiny_net.json",
+            "tiny_net.safetensors",
+        }
+    (source / "data" / "weights" / "tiny_net.json").write_text("[1]")
+    assert runs.weights(FIRST) != before
     assert runs.weights(TISSUE) == {}
 
 
 def test_weights_of_the_chapters_of_the_book():
     """By the name of their file: ``unet`` alone is a word of many helpers."""
-    small, pair = {"sam_small.safetensors"}, {"autoencoder.safetensors", "unet.safetensors"}
+    small = {"sam_small.safetensors", "sam_small.json"}
+    pair = {
+        f"{name}.{kind}" for name in ("autoencoder", "unet") for kind in ("json", "safetensors")
+    }
     expected = {
         "00_tissue": set(), "01_superpixel_prompting": small, "02_anchor_clustering": small,
         "03_pca_pooling": set(), "04_probabilistic_replacement": set(),
         "05_sde_mcg_inpainting": pair, "06_synthesis": pair, "07_classifier_evaluation": set(),
-        "A1_training_sam": small, "A2_training_latent_diffusion": pair,
+        "A1_training_sam": small, "A2_training_latent_diffusion": {*pair, "decoder.json"},
     }  # fmt: skip
     assert {chapter: set(runs.weights(chapter)) for chapter in config.CHAPTERS} == expected
 
@@ -426,13 +439,17 @@ def test_a_change_in_the_data_folder_is_found(run_root, source, tmp_path):
     assert changed == (False, "data folder changed")
 
 
-def test_a_table_of_images_counts_with_what_lies_beside_it(tmp_path):
+def test_a_table_of_images_counts_with_what_it_names_and_not_with_what_lies_beside_it(tmp_path):
     table = tmp_path / "images.csv"
-    found = set()
-    for name in ("images.csv", "images.csv", "a.png"):
-        (tmp_path / name).write_text(f"path,label {len(found)}")
-        found.add(runs._data(SimpleNamespace(data_root=str(table))))
-    assert len(found) == 3 and None not in found
+    found = []
+    for name, text in {
+        "images.csv": "path,label\na.png,x\n", "a.png": "one", "classes.txt": "x\n",
+        "notes.txt": "other", "b.png": "other",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+        found.append(runs._data(SimpleNamespace(data_root=str(table))))
+    assert None not in found and len(set(found[:3])) == 3
+    assert found[2] == found[3] == found[4]
 
 
 @pytest.mark.parametrize("name", ["images.csv", "IMAGES.CSV"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from helpers import config, synthesis
+from helpers.draws import CompositeError
 from helpers.files import replacing
 from helpers.replacement import Sampler
 from tests.test_replacement import toy_pool
@@ -118,6 +120,34 @@ def test_conditions_that_cannot_be_met_are_recorded():
     assert "outside [0.99, 1.0]" in pieces[0].skipped[0]["reason"]
 
 
+def test_a_class_whose_conditions_cannot_be_met_is_given_up(monkeypatch):
+    pool, images = toy_pool(n_images=8)
+    tried = []
+
+    def compose(image, image_id, *_, **__):
+        tried.append(image_id)
+        if order_of_success is not None and len(tried) > 4 * order_of_success:
+            return SimpleNamespace(image_id=image_id)
+        raise CompositeError(f"{image_id} is too small")
+
+    def pieces(n):
+        tried.clear()
+        return list(synthesis.compose_all(
+            pool, Sampler(pool), images.__getitem__, n_per_class=n, rng_of=_rng, labels=["a"]
+        ))  # fmt: skip
+
+    monkeypatch.setattr(synthesis, "compose", compose)
+    order_of_success = None
+    made = pieces(7)
+    assert len(made) == 7 and len(tried) == 4 * synthesis.GIVE_UP
+    assert all(p.composite is None and len(p.skipped) == 4 for p in made)
+    assert [p.order for p in made] == list(range(7)) and made[6].skipped == made[2].skipped
+    assert made[:5] == pieces(5)
+    order_of_success = synthesis.GIVE_UP - 1  # in vain all times but the last
+    made = pieces(7)
+    assert [p.composite is not None for p in made] == [False, False, *[True] * 5]
+
+
 # --- healing --------------------------------------------------------------------------------------
 
 
@@ -207,13 +237,6 @@ def test_a_record_does_not_speak_for_pictures_of_another_recipe(tmp_path, monkey
     assert _bytes(tmp_path) != whole
     _synthesise(tmp_path)
     assert _bytes(tmp_path) == whole
-
-
-def test_gaps_are_not_left_to_a_low_level_of_noise():
-    synthesis.check_strength("context", 0.005)
-    synthesis.check_strength("inpaint", 1.0)
-    with pytest.raises(ValueError, match=r"lowest 0\.5% .*synthesis_strength to 1"):
-        synthesis.check_strength("inpaint", 0.005)
 
 
 def test_images_of_other_composites_are_healed_again(tmp_path):
