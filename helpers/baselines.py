@@ -153,7 +153,9 @@ def automatic(
     return masks.reshape(-1, *image.shape[:2])
 
 
-def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarray:
+def single_prompts(
+    prompted: Sequence[Prompted], n: int, *, voted: bool = False, **settings
+) -> np.ndarray:
     """Segments without any clustering: one prompt a superpixel, the `n` best by predicted IoU.
 
     Parameters
@@ -162,16 +164,18 @@ def single_prompts(prompted: Sequence[Prompted], n: int, **settings) -> np.ndarr
         Of :func:`helpers.anchors.prompt`. The first prompt of each superpixel is taken.
     n : int
         Masks returned; fewer if there are fewer.
+    voted : bool
+        Take the mean outline of masks that agree, as of anchors; otherwise each keeps its own.
     **settings
-        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors, but
-        each mask keeps its own outline. No predicted IoU is too low, since the `n` best are taken.
+        Of :func:`helpers.anchors.anchors`: sizes and duplicates are handled as for anchors. No
+        predicted IoU is too low, since the `n` best are taken.
 
     Returns
     -------
     (m, H, W) bool ndarray
     """
     _check_count(n)
-    alone = {"pred_iou_thresh": 0.0, "iou_vote": 1.0}
+    alone = {"pred_iou_thresh": 0.0} | ({} if voted else {"iou_vote": 1.0})
     found = anchors(take(prompted, slice(1)), **{**settings, **alone})
     return found.masks[np.argsort(-found.scores, kind="stable")[:n]]
 
@@ -212,7 +216,10 @@ def rivals(
     dict of str to callable
         Name of each method, and (m, H, W) masks when called, so that each can be timed.
     """
-    ways = {"single prompts": partial(single_prompts, prompted, n, **settings)}
+    ways = {
+        "single prompts": partial(single_prompts, prompted, n, **settings),
+        "single prompts, voted": partial(single_prompts, prompted, n, voted=True, **settings),
+    }
     ways |= {name: partial(method, image, n) for name, method in CLASSICAL.items()}
     if with_automatic:
         ways["automatic masks"] = partial(

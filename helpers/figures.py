@@ -418,8 +418,9 @@ def lines(
         values = np.unique(np.concatenate(given)).astype(float)
         if log:
             axis.set(**{f"{'xy'[k]}scale": "log"})
-            few = len(values) <= 12  # label the values themselves
-            side.set_major_locator(FixedLocator(values) if few else LogLocator(subs=(1, 2, 5)))
+            few = len(values) <= 12  # label the values themselves, but for those too near
+            apart = [v for before, v in zip([0, *values], values, strict=False) if v > 1.3 * before]
+            side.set_major_locator(FixedLocator(apart) if few else LogLocator(subs=(1, 2, 5)))
             side.set_major_formatter("{x:g}")
             side.set_minor_locator(NullLocator())
         elif all(each.dtype.kind in "iu" for each in given):
@@ -671,7 +672,7 @@ def embedding(
         Positions.
     groups : mapping of str to sequence of n str
         ``{title of the panel: group of each point}``. Of more groups than colours can tell apart
-        the four largest are coloured, and the others grey.
+        the first four of `order`, or else the four largest, are coloured, and the others grey.
     order : mapping of str to sequence of str, optional
         ``{title of the panel: its groups}`` in the order of their colours, which is that of the
         curves of :func:`lines` and :func:`bars`; by default that of their first points.
@@ -700,7 +701,9 @@ def embedding(
         labels = np.asarray(labels)
         names = list(dict.fromkeys([*(order or {}).get(title, ()), *labels]))
         if len(names) > _TELLABLE:
-            names = sorted(names, key=lambda name: -np.count_nonzero(labels == name))[:4]
+            if title not in (order or {}):
+                names.sort(key=lambda name: -np.count_nonzero(labels == name))
+            names = names[:4]
             others = ~np.isin(labels, names)
             axis.scatter(*points[others].T, s=6, color="0.78", label="others", lw=0)
         for index, (name, colour) in enumerate(zip(names, palette(len(names)), strict=True)):
@@ -991,8 +994,10 @@ def posterior_errors(
         axis.plot(alphas, mean, marker="o", markersize=5, label="mcg", color=PALETTE[0])
         axis.fill_between(alphas, mean - error, mean + error, color=PALETTE[0], alpha=0.18, lw=0)
         for index, (name, values) in enumerate(others.items()):
-            dash = ("--", "-.", ":")[index % 3]
-            axis.axhline(values[:, j].mean(), color=PALETTE[index + 1], ls=dash, label=name)
+            mean, error = values[:, j].mean(), values[:, j].std() / np.sqrt(len(values))
+            look = {"color": PALETTE[index + 1]}
+            axis.axhline(mean, ls=("--", "-.", ":")[index % 3], label=name, **look)
+            axis.axhspan(mean - error, mean + error, alpha=0.18, lw=0, **look)
         axis.set(title=title, xlabel="gradient weight $\\alpha$")
         axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -152,6 +152,26 @@ def test_automatic_masks_are_the_best_of_what_the_generator_finds(image, monkeyp
     assert options["box_nms_thresh"] == options["crop_nms_thresh"] == 0.4
 
 
+def test_single_prompts_may_vote_on_their_outlines_as_anchors_do():
+    """Three masks of one structure, each with another margin: the mean of their probabilities."""
+    logits = torch.full((3, 32, 32), -1.0)
+    logits[0, 8:20, 8:20] = 2
+    logits[1, 8:20, 8:21] = 2
+    logits[2, 8:21, 8:20] = 2
+    prompted = Prompted(
+        labels=np.zeros((32, 32), np.int32),
+        points=np.zeros((3, 1, 2), np.int64),
+        proposals=Proposals(logits, np.array([0.5, 0.9, 0.4], np.float32), (32, 32), (32, 32), 32),
+        asked=np.ones((3, 1), bool),
+        box=(0, 0, 32, 32),
+        size=(32, 32),
+    )
+    alone, voted = (single_prompts([prompted], 9, voted=v) for v in (False, True))
+    np.testing.assert_array_equal(alone, logits[1:2].numpy() > 0)
+    np.testing.assert_array_equal(voted, torch.sigmoid(logits).mean(0, keepdim=True).numpy() > 0.5)
+    assert (voted != alone).any()
+
+
 @pytest.mark.parametrize("baseline", CLASSICAL.values(), ids=CLASSICAL)
 def test_no_segments_are_refused(baseline, image):
     with pytest.raises(ValueError, match="at least one"):
@@ -164,8 +184,10 @@ def test_rivals_are_the_methods_with_the_settings_of_the_anchors(image):
     asked = prompt(sam, image, rng=np.random.default_rng(0), n_segments=4, crop_n_layers=1)
     settings = {"min_area": 0.01, "max_area": 0.5, "linkage": "single"}
     ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1)
-    assert list(ways) == ["single prompts", *CLASSICAL]
+    assert list(ways) == ["single prompts", "single prompts, voted", *CLASSICAL]
     np.testing.assert_array_equal(ways["single prompts"](), single_prompts(asked, 6, **settings))
+    voted = single_prompts(asked, 6, voted=True, **settings)
+    np.testing.assert_array_equal(ways["single prompts, voted"](), voted)
     np.testing.assert_array_equal(ways["SLIC, merged"](), slic_merged(image, 6))
     ways = rivals(sam, image, asked, 6, settings=settings, crop_n_layers=1, with_automatic=True)
     n_prompts = sum(crop.points.shape[0] * crop.points.shape[1] for crop in asked)

@@ -42,6 +42,7 @@ def methods(model, image: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarr
     paper = prompted(crop_n_layers=0, n_segments=30, n_points=15, mask_choice="best")
     yield "  no crops, 30 x 15 prompts", anchors.anchors(paper, pred_iou_thresh=0, iou_vote=1).masks
     yield "single prompts", baselines.single_prompts(asked, n)
+    yield "  voted outlines", baselines.single_prompts(asked, n, voted=True)
     for name, layers in {"automatic masks": 2, "  no crops, automatic": 0}.items():
         found = baselines.automatic(model, image, n, n_prompts=n_prompts, crop_n_layers=layers)
         yield name, found
