@@ -33,7 +33,7 @@ def test_segments_are_measured_on_own_images(annotated, capsys):
         ["--dataset", "folder", "--root", str(annotated), "--every", "2", "--image-size", "64"]
     )
     assert "folder, 1 images" in capsys.readouterr().out
-    assert table.index[0] == "anchors" and len(table) == 14
+    assert table.index[0] == "anchors" and len(table) == 15
     assert table["recall at 0.5"].between(0, 1).all() and table["glands"].nunique() == 1
     number = table["segments"]
     assert number["SLIC, merged"] == pytest.approx(number["anchors"], rel=0.05)
