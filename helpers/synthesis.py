@@ -215,7 +215,8 @@ def weight_hashes(checkpoint: str | Path, shipped: Mapping[str, str]) -> dict[st
         "small", a file, or a folder with safetensors files, as for
         :func:`helpers.latent.load_latent_diffusion`.
     shipped : mapping
-        File name to SHA-256 of the weights of this project, which "small" stands for.
+        File name to SHA-256 of the weights of this project, which "small" stands for; other
+        files than safetensors, such as curves, are passed over.
 
     Returns
     -------
@@ -228,7 +229,7 @@ def weight_hashes(checkpoint: str | Path, shipped: Mapping[str, str]) -> dict[st
         If there is no such file, or no safetensors file in the folder.
     """
     if str(checkpoint) == "small":
-        return dict(shipped)
+        return {name: sha for name, sha in shipped.items() if name.endswith(".safetensors")}
     path = Path(checkpoint)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].exists():

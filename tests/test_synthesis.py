@@ -288,7 +288,7 @@ def test_failing_write_leaves_no_half_image(tmp_path, monkeypatch):
 
 def test_hashes_are_those_of_the_weights_in_use(tmp_path):
     shipped = {"unet.safetensors": "abc"}
-    assert synthesis.weight_hashes("small", shipped) == shipped
+    assert synthesis.weight_hashes("small", shipped | {"unet.json": "def"}) == shipped
     (tmp_path / "own.ckpt").write_bytes(b"weights")
     (tmp_path / "unet.safetensors").write_bytes(b"more")
     own = hashlib.sha256(b"weights").hexdigest()
