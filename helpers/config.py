@@ -119,8 +119,12 @@ class Tissue(Common):
         Literal["ihc"] | None, Field(description="real image that goes along beside the data set")
     ]
     image_size: Annotated[
-        int, Field(ge=32, le=4096, description="side of the square images, pixels")
-    ]
+        int,
+        Field(
+            ge=32, le=4096, multiple_of=32,  # of the cells at the lowest level of the latent model
+            description="side of the square images, pixels; a multiple of 32",
+        ),
+    ]  # fmt: skip
     train_per_class: Annotated[Positive | None, Field(description="training images a class")]
     val_per_class: Annotated[Natural | None, Field(description="validation images a class")]
     test_per_class: Annotated[Natural | None, Field(description="test images a class, same site")]

@@ -61,7 +61,8 @@ def test_an_int_passes_for_a_float_but_no_bool_for_an_int():
     ("name", "value", "said"),
     [
         ("image_size", "256", "should be a valid integer"),
-        ("image_size", 1, "greater than or equal to"),
+        ("image_size", 0, "greater than or equal to"),
+        ("image_size", 100, "multiple of 32"),
         ("dataset", "fantom", "should be 'phantom'"),
         ("seed", -1, "greater than or equal to 0"),
         ("run", "../up", "should be a folder name"),
