@@ -238,6 +238,15 @@ class PcaPooling(WithDevice):
     tidy: Annotated[bool, Field(description="keep the largest part of a segment, holes filled")]
     n_components: Annotated[Positive, Field(description="features kept by PCA, p")]
 
+    @model_validator(mode="after")
+    def _path_is_used(self) -> PcaPooling:
+        if self.extractor == "lite0" and self.extractor_path:
+            raise ValueError(
+                f"extractor_path={self.extractor_path!r} is given, but extractor='lite0' takes its "
+                "weights from a package: leave the path out, or set extractor to 'ctranspath'"
+            )
+        return self
+
 
 class ProbabilisticReplacement(Common):
     """04 probabilistic replacement."""
@@ -500,6 +509,9 @@ CHAPTERS: dict[str, type[Common]] = {
 #: Names that several chapters share; every other name belongs to exactly one chapter.
 COMMON = tuple(WithDevice.model_fields)
 
+#: How many a network is given at once, and what makes them: memory and speed, not results.
+SIZES_OF_BATCHES = ("points_per_batch", "inpaint_batch", "synthesis_batch", "workers")
+
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 _NOT_A_PARAMETER = (types.ModuleType, type)
 
@@ -610,7 +622,10 @@ def checkpoint_paths(params: Common) -> dict[str, str]:
 
 
 def missing_files(params: Common) -> list[str]:
-    """One line for each checkpoint or folder of images to load, and device, that is not there."""
+    """One line for each checkpoint or folder of images to load, and device, that is not there.
+
+    Files of weights that are cut short are named as well.
+    """
     lines = []
     if (device := getattr(params, "device", "auto")) not in ("auto", "cpu"):
         try:
@@ -623,11 +638,20 @@ def missing_files(params: Common) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else "correct the path"
             may = f" (or {', '.join(CHECKPOINTS[name])})" if CHECKPOINTS[name] else ""
             lines.append(f"{name} = {path!r}: there is no such file{may}; {hint}")
-        elif name == "latent_checkpoint" and Path(path).is_dir():
-            files = [f"{network}.safetensors" for network in LATENT_PAIR]
-            gone = [file for file in files if not (Path(path) / file).exists()]
-            if gone:
+            continue
+        files = [Path(path)]
+        if name == "latent_checkpoint" and Path(path).is_dir():
+            files = [Path(path) / f"{network}.safetensors" for network in LATENT_PAIR]
+            if gone := [file.name for file in files if not file.exists()]:
                 lines.append(f"{name} = {path!r}: the folder has no {' and no '.join(gone)}")
+                continue
+        from helpers.weights import check_whole  # and torch, which takes a while
+
+        for file in files:
+            try:
+                check_whole(file)
+            except (ValueError, OSError) as error:
+                lines.append(f"{name} = {path!r}: {error}")
     images = getattr(params, "latent_images", None)
     if images and not Path(images).is_dir():
         lines.append(f"latent_images = {images!r}: there is no such folder; correct the path")
@@ -740,6 +764,8 @@ def _explain(model: type[Common], problem: Mapping[str, Any]) -> str:
     value = problem["input"]
     if problem["type"] == "float_type" and _is_number(value):
         reason += "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3"
+    elif problem["type"] == "string_pattern_mismatch":
+        reason = "is none of those known"
     elif isinstance(value, str) and value.lower() == "none":
         reason += "; write null for none"
     if problem["type"] == "tuple_type":

@@ -29,6 +29,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from skimage import measure
 
 from helpers import phantom
+from helpers.files import spellings
 
 SPLITS = ("train", "val", "test", "test2")
 COLUMNS = ("image_id", "label", "split", "patient", "site", "dataset", "height", "width")
@@ -572,11 +573,11 @@ def _from_files(
     return Dataset(name, tuple(classes), table[list(COLUMNS)], images, instances)
 
 
-def unusable(errors: Sequence[Exception | str], n: int) -> ValueError:
-    """One error for those of several of `n` images."""
-    return ValueError(
-        f"{len(errors)} of {n} images cannot be used:\n" + "\n".join(map(str, errors))
-    )
+def unusable(errors: Sequence[Exception | str], n: int, most: int = 20) -> ValueError:
+    """One error for those of several of `n` images, of which `most` are told."""
+    lines = [f"{len(errors)} of {n} images cannot be used:", *map(str, errors[:most])]
+    more = len(errors) - most
+    return ValueError("\n".join([*lines, f"and {more} more"] if more > 0 else lines))
 
 
 #: Unconnected parts for each number, above which a label map hardly holds glands.
@@ -640,6 +641,32 @@ def check_copies(records: pd.DataFrame, digests: Sequence[str | None]) -> str | 
     return (
         f"{len(groups)} images are there more than once, pixel for pixel{classes}, e.g. {names}; "
         "remove the copies, which else replace each other as if they were other tissue"
+    )
+
+
+def redrawn(records: pd.DataFrame, before: pd.DataFrame) -> str | None:
+    """Compare the splits of images with those that they had in an earlier run.
+
+    Parameters
+    ----------
+    records, before : DataFrame
+        With the columns image_id and split.
+
+    Returns
+    -------
+    str or None
+        A note if an image is in another split than before: what was learned then has seen images
+        that test now.
+    """
+    both = records.merge(before, on="image_id", suffixes=("", "_before"))
+    moved = both[both["split"] != both["split_before"]]
+    if moved.empty:
+        return None
+    first = moved.iloc[0]
+    return (
+        f"{len(moved)} of {len(both)} images are in another split than before, e.g. "
+        f"{first['image_id']} in {first['split']}, not {first['split_before']}; a column split in "
+        "a table keeps them where they are"
     )
 
 
@@ -800,7 +827,8 @@ def _load_folder(root, image_size, seed, limits):
         if len(tables) > 1:
             names = ", ".join(p.name for p in tables)
             raise ValueError(
-                f"{root} holds {len(tables)} CSV files ({names}): give the path of one as root."
+                f"{root} holds {len(tables)} CSV files ({names}): give the path of the one that "
+                "lists the images as root, or move the others elsewhere."
             )
         table = _read_csv(tables[0]) if tables else _walk_classes(root)
     classes = _class_order(folder, sorted(set(table["label"]), key=_natural))
@@ -929,7 +957,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise ValueError(
             f"{path} has the columns {list(table.columns)}, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing: the first line must name path and "
-            "label, and may name patient, split, site and mask."
+            "label, and may name patient, split, site and mask. Move a table of other things "
+            "elsewhere."
         )
     if table.empty:
         raise ValueError(f"{path} has no rows: add one line an image.")
@@ -949,16 +978,34 @@ def _read_csv(path: Path) -> pd.DataFrame:
                 f"{path}, line {table.index[table[column].isna()][0]}: {column} is empty; fill it "
                 "in, or remove the column if it is optional."
             )
+    gone = []
     for column, kind in (("path", "image file"), ("mask", "label map")):
-        if column in table:
-            table[column] = [
-                _named_file(path, line, kind, text) if isinstance(text, str) else None
-                for line, text in table[column].items()
-            ]
+        for line, text in table[column].dropna().items() if column in table else ():
+            try:
+                table.loc[line, column] = _named_file(path, line, kind, text)
+            except FileNotFoundError as error:
+                gone.append(error)
+    if gone:
+        raise gone[0] if len(gone) == 1 else unusable(gone, len(table))
     twice = table["path"][table["path"].map(os.path.normpath).duplicated()]
     if len(twice):
         raise ValueError(f"{path} names {Path(twice.iloc[0]).name} twice: one line an image.")
+    _note_unnamed(path, table)
     return table
+
+
+def _note_unnamed(path: Path, table: pd.DataFrame) -> None:
+    """Warn of images beside those of a table that it does not name."""
+    columns = [table[column].dropna() for column in ("path", "mask") if column in table]
+    named = set(map(os.path.realpath, pd.concat(columns)))
+    folders = sorted({Path(p).parent for p in table["path"]})
+    there = [p for folder in folders for p in _pictures(folder)]
+    if beside := [p for p in there if os.path.realpath(p) not in named]:
+        warnings.warn(
+            f"{len(beside)} images beside those that {path.name} names are passed over, e.g. "
+            f"{beside[0].name}: add lines for them if they are meant",
+            stacklevel=4,
+        )
 
 
 def _meant(column: str) -> str | None:
@@ -973,8 +1020,8 @@ def _meant(column: str) -> str | None:
 
 
 def _named_file(table: Path, line: int, kind: str, text: str) -> str:
-    """Path of a file that a table names, also as Windows writes it."""
-    for written in (text, text.replace("\\", "/")):
+    """Path of a file that a table names."""
+    for written in spellings(text):
         if (table.parent / written).is_file():
             return str(table.parent / written)
     raise FileNotFoundError(f"{table}, line {line}: {kind} {table.parent / text} does not exist.")

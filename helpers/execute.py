@@ -122,7 +122,7 @@ def settings(
     ------
     ValueError
         Names every wrong parameter and every missing checkpoint of every chapter; of what the
-        chapters share, such as the seed, only the first.
+        chapters share, such as the seed or a device, only the first.
     """
     if wrong := config.unknown(given):
         raise ValueError("unknown parameters, nothing has been run:\n  - " + "\n  - ".join(wrong))
@@ -133,8 +133,9 @@ def settings(
         own = {name: given[name] for name in config.names(chapter) if name in given}
         try:
             checked[chapter] = config.build(chapter, {**cell, **own})
-            lines = config.missing_files(checked[chapter])
-            problems += [f"chapter {chapter}: {line}" for line in lines]
+            for line in config.missing_files(checked[chapter]):
+                if not any(problem.endswith(f": {line}") for problem in problems):
+                    problems.append(f"chapter {chapter}: {line}")
         except ValueError as error:
             problems.append(str(error))
         told[chapter] = {name: value for name, value in own.items() if cell.get(name) != value}
@@ -204,6 +205,8 @@ def execute(
             with _status(chapter, why) as status:
                 status.memory = _papermill(run, chapter, told[chapter])
             _note(run, chapter, status.seconds, status.memory)
+            for line in _notes(executed(run, chapter)):
+                print(f"    {line}", flush=True)
             done.append(chapter)
         if chapter == "00_tissue":
             _check_images(run, chapters)
@@ -356,6 +359,16 @@ def _environment() -> dict[str, str]:
     return {**default, **os.environ, **fixed}
 
 
+#: What sets how much a chapter has in memory at once.
+_LOWER = {
+    "01_superpixel_prompting": "points_per_batch",
+    "02_anchor_clustering": "points_per_batch (of chapter 01)",
+    "05_sde_mcg_inpainting": "inpaint_batch",
+    "06_synthesis": "synthesis_batch",
+    "07_classifier_evaluation": "batch_size, with which it begins again",
+}
+
+
 def _failure(chapter: str, failed: Path, log: Path) -> str:
     """Message of a failed chapter: its own error, or the last lines of the log."""
     if failed.exists():
@@ -366,14 +379,22 @@ def _failure(chapter: str, failed: Path, log: Path) -> str:
                     return f"{chapter} failed: {said}\n(notebook with the traceback: {failed})"
     said = log.read_text(encoding="utf-8").strip()
     if "DeadKernelError" in said:
+        lower = f"{_LOWER[chapter]}, or " if chapter in _LOWER else ""
         return (
             f"{chapter}: its process was killed, by hand or by the system for want of memory. What "
-            "was done is kept; the same command goes on. With little memory lower image_size, or "
-            "the batch of the chapter (points_per_batch, inpaint_batch, synthesis_batch, "
-            "batch_size)"
+            f"was done is kept; the same command goes on. With little memory lower {lower}"
+            "image_size, with which all chapters begin again"
         )
     tail = "\n".join(said.splitlines()[-15:])
     return f"{chapter} could not be executed:\n{tail}"
+
+
+def _notes(path: Path) -> list[str]:
+    """Lines that an executed notebook prints and that begin with ``note:``."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    text = "".join("".join(output["text"]) for output in outputs if "text" in output)
+    return [line for line in text.splitlines() if line.startswith("note:")]
 
 
 def _note(run: str, chapter: str, seconds: float, memory: float) -> None:
@@ -479,18 +500,21 @@ def resolve(
     if name.endswith((".yml", ".yaml")):
         name = str(Path(name).resolve())
     given = {**preset(name), **options}
-    if given.get("data_root"):
-        options["data_root"] = given["data_root"] = str(_existing(given["data_root"]))
-    for key, path in config.absolute(given).items():
-        options[key] = given[key] = path
-    if old and _finished(run, "00_tissue") and not arguments.force:
-        _same_data(run, old, given)
-    run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
     chapters = [chapter_named(text) for text in arguments.only or ()]
     if arguments.start:
         every = list(config.CHAPTERS)
         chapters = every[every.index(chapter_named(arguments.start)) :]
     ordered = [c for c in config.CHAPTERS if not chapters or c in chapters]
+    if given.get("data_root"):
+        folder = Path(given["data_root"]).expanduser().resolve()
+        if "00_tissue" in ordered or not old:  # the others read what it has filed
+            folder = _existing(given["data_root"])
+        options["data_root"] = given["data_root"] = str(folder)
+    for key, path in config.absolute(given).items():
+        options[key] = given[key] = path
+    if old and _finished(run, "00_tissue") and not arguments.force:
+        _same_data(run, old, given)
+    run = run or f"{Path(name).stem}-{given.get('dataset') or 'phantom'}"
     _check_owners([name for name, _ in arguments.p], ordered)
     given["run"] = run
     settings(sorted({"00_tissue", *ordered}), given)  # any command may name the data
@@ -514,7 +538,9 @@ def _same_data(run: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> No
     if was != now:
         raise ValueError(
             f"run {run!r} was made from other data ({was}) than are given now ({now}): give "
-            "another --run, or --force to replace what it holds"
+            "another --run, or --force to replace what it holds. If these are the same images in "
+            "another place, --force --only 00 files them again, and the other chapters stay as "
+            "they are"
         )
 
 
@@ -532,18 +558,28 @@ def _existing(folder: str) -> Path:
 def _remembered(run: str, record: Mapping[str, Any]) -> Iterator[None]:
     """Keep what a run is made with in its ``run.json``, from the start, also if it is stopped.
 
-    After an error before any chapter was finished, it is again what made those that are there.
+    If nothing was made by then, it is again what made the chapters that are there.
     """
     note = runs.root() / run / "run.json"
     old = runs.load(note) if note.exists() and _finished(run, "00_tissue") else record
-    before = [_made(run, chapter) for chapter in config.CHAPTERS]
+    before = _work(run)
     runs.dump(note, record, exact=True)
     try:
         yield
-    except Exception:
-        if [_made(run, chapter) for chapter in config.CHAPTERS] == before:
+    except BaseException:
+        if _work(run) <= before:
             runs.dump(note, old, exact=True)
         raise
+
+
+def _work(run: str) -> set[tuple[str, int]]:
+    """Chapters of a run that are finished, and files of half-done ones, with their times."""
+    folder = runs.root() / run
+    found = {folder / chapter / "manifest.json" for chapter in config.CHAPTERS}
+    found |= {
+        path for path in folder.glob(".*.partial/**/*") if path.name not in (".key", "params.json")
+    }
+    return {(str(path), path.stat().st_mtime_ns) for path in found if path.is_file()}
 
 
 def _list_parameters() -> None:
@@ -582,7 +618,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{_said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; finished chapters and the options are kept", file=sys.stderr)
+        print("\nstopped; what was done is kept, the same command goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""Files: written as a whole or not at all, told apart by their SHA-256, read as JSON."""
+"""Files: written as a whole or not at all, told apart by their SHA-256, found, read as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def spellings(text: str) -> list[str]:
+    """Ways in which a path may be written: as given, as on Windows, its accents composed or not.
+
+    Two systems may give one name in different bytes, e.g. an umlaut in a table and on a disk.
+    """
+    ways = (text, text.replace("\\", "/"))
+    forms = [unicodedata.normalize(form, way) for form in ("NFC", "NFD") for way in ways]
+    return list(dict.fromkeys([*ways, *forms]))
 
 
 def read_json(

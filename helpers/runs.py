@@ -45,7 +45,7 @@ import numpy as np
 
 from helpers import config
 from helpers.files import read_json as load
-from helpers.files import replacing, sha256, unfinished
+from helpers.files import replacing, sha256, spellings, unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,13 +209,13 @@ def _stats(paths: Iterable[Path], folder: Path) -> str:
 
 
 def _named_files(table: Path) -> Iterator[Path]:
-    """Files that fields of a CSV table name, seen from its folder, also as Windows writes them."""
+    """Files that fields of a CSV table may name, seen from its folder."""
     with (
         table.open(newline="", encoding="utf-8", errors="replace") as stream,
         contextlib.suppress(csv.Error),  # the loader tells what is wrong with it
     ):
         for field in itertools.chain.from_iterable(csv.reader(stream)):
-            yield table.parent / field.strip().replace("\\", "/")
+            yield from (table.parent / way for way in spellings(field.strip()))
 
 
 # --- chapters ------------------------------------------------------------------------------------
@@ -426,6 +426,11 @@ class Stage:
         with Image.open(path) as picture:
             return np.asarray(picture).astype(np.int32)
 
+    def earlier(self, name: str) -> Path | None:
+        """Path of the artefact `name` of this chapter as it was last finished, if it is there."""
+        path = self._final / name
+        return path if path.exists() and not self._finished_now else None
+
     # writing
 
     def path(self, name: str) -> Path:
@@ -550,8 +555,8 @@ class Stage:
         if self._old.exists() and not self._final.exists():  # killed between two moves of finish
             os.replace(self._old, self._final)
         shutil.rmtree(self._old, ignore_errors=True)
-        manifests = [manifest(self.run, need) for need in NEEDS[self.chapter]]
-        state = [self.params.model_dump_json(), *(_hashes.file(path) for path in manifests)]
+        state = [self.params.model_dump_json(exclude=set(config.SIZES_OF_BATCHES))]
+        state += [_gave(manifest(self.run, need)) for need in NEEDS[self.chapter]]
         state += [json.dumps(self._code, sort_keys=True), _source(self.chapter)]
         state += [str(_hashes.any(path)) for path in self._earlier_checkpoints()]
         key = hashlib.sha256("\n".join(state).encode()).hexdigest()
@@ -587,6 +592,15 @@ class Stage:
             "timings": {name: round(seconds, 6) for name, seconds in self._timings.items()},
             "peak_memory_gb": round(peak_memory(), 3),
         }
+
+
+def _gave(path: Path) -> str:
+    """What a finished chapter was given and gave, but for sizes of batches, times and memory."""
+    told = ("peak_memory_gb", "seconds", "cpu_seconds", "timings")
+    record = {name: value for name, value in load(path).items() if name not in told}
+    for name, left_out in (("params", config.SIZES_OF_BATCHES), ("outputs", ("params.json",))):
+        record[name] = {k: v for k, v in record[name].items() if k not in left_out}
+    return json.dumps(record, sort_keys=True)
 
 
 @contextlib.contextmanager

@@ -405,7 +405,8 @@ def download(url: str, sha256: str, path: Path, *, progress: bool = True) -> Pat
         if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):
             raise ConnectionError(
                 f"could not download {url} ({error}). Without network, fetch the file elsewhere "
-                f"and put it at {path}, or use checkpoint='small', which ships with the book."
+                f"and put it at {path}, or use 'small' (sam_checkpoint of chapter 01), which ships "
+                "with the book."
             ) from error
         complete = True  # nothing is left to fetch
     if not complete:

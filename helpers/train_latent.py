@@ -60,8 +60,10 @@ from helpers.training import (
     Trainer,
     add_average,
     average,
+    command,
     drawn_with,
     machine,
+    positive,
     with_digest,
     write_card,
 )
@@ -826,8 +828,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int)
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
-    parser.add_argument("--score-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--score-every", type=positive, default=1000, help="steps between scores")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     add_average(parser)
     return parser.parse_args(argv)
 
@@ -925,4 +927,4 @@ def _unet_trainer(
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

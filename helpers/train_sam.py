@@ -696,11 +696,11 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of scenes and checkpoint",
     )
     parser.add_argument("--weights", type=Path, default=SMALL_WEIGHTS)
-    parser.add_argument("--checkpoint-every", type=int, default=400)
+    parser.add_argument("--checkpoint-every", type=training.positive, default=400)
     parser.add_argument("--first-shard", type=int, default=0)
     parser.add_argument("--prepare-only", action="store_true", help="render scenes and stop")
     parser.add_argument("--no-prepare", action="store_true", help="use the scenes that are there")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=training.positive, default=os.cpu_count())
     parser.add_argument("--device", default="auto", help='"auto" takes a GPU where there is one')
     parser.add_argument(
         "--workers",
@@ -750,4 +750,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(training.command(main))

@@ -12,6 +12,7 @@ import argparse
 import json
 import pickle
 import re
+import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Sequence
@@ -28,6 +29,12 @@ from helpers.files import read_json, replacing, sha256
 from helpers.weights import read_weights, write_weights
 
 _SETTINGS = "scenes.json"
+
+#: Settings that count something of which there has to be one at least, where a recipe has them.
+_COUNTS = ("steps", "batch", "views", "scenes", "images", "prompts", "crop")
+
+#: Seconds of training after which a checkpoint is written, whatever the number of steps.
+_SAVE_AFTER = 300.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,12 @@ class Recipe:
             "decay_from": not 0 <= self.decay_from < 1,
             "ema": not 0 <= self.ema < 1,
         }
+        given = {name: getattr(self, name, None) for name in _COUNTS}
+        wrong |= {n: v < 1 for n, v in given.items() if isinstance(v, int)}
         if names := [name for name, bad in wrong.items() if bad]:
             given = ", ".join(f"{name} = {getattr(self, name)}" for name in names)
             raise ValueError(
-                f"{given}: a training needs steps >= 1, minutes and rate > 0, warmup >= 0, and "
+                f"{given}: a training needs counts >= 1, minutes and rate > 0, warmup >= 0, and "
                 "decay_from and ema in [0, 1)"
             )
 
@@ -255,6 +264,26 @@ The training curve is in `{path.with_suffix(".json").name}`.
 def with_digest(card: str, path: Path) -> str:
     """Text of a model card with the SHA-256 that its weights have now."""
     return re.sub(r"(\| SHA-256 \| )`\w+`", rf"\1`{sha256(path)}`", card)
+
+
+def positive(text: str) -> int:
+    """Whole number from a command line that has to be 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
+
+
+def command(main: Callable[[], None]) -> int:
+    """Run a command; an error that its user can mend becomes a message. Returns the exit status."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 def add_average(parser: argparse.ArgumentParser) -> None:
@@ -496,7 +525,7 @@ class Trainer:
         Parameters
         ----------
         checkpoint : Path, optional
-            Written every `score_every` steps and read at the start.
+            Written every `score_every` steps and every few minutes, and read at the start.
         export : callable, optional
             Called with the trainer after each scoring.
         every, score_every : int
@@ -518,6 +547,7 @@ class Trainer:
             if self.progress() >= 1:
                 self._finished_before(checkpoint, export, log)
         sums: dict[str, list[float]] = {}
+        saved = self.seconds
         with tqdm(total=self.recipe.steps, initial=self.step, disable=not progress,
                   desc=self.kind) as bar:  # fmt: skip
             while self.progress() < 1:
@@ -529,11 +559,11 @@ class Trainer:
                 if self.step % every == 0 or score:
                     self._note(sums, self.evaluate() if score else {}, log)
                     sums = {}
-                if score:
-                    if checkpoint is not None:
-                        self.save(Path(checkpoint))
-                    if export:
-                        export(self)
+                if checkpoint is not None and (score or self.seconds - saved > _SAVE_AFTER):
+                    self.save(Path(checkpoint))
+                    saved = self.seconds
+                if score and export:
+                    export(self)
         return self
 
     def _finished_before(self, checkpoint: Path, export, log) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,34 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): copy or download it again"
+        ) from error
+
+
+def check_whole(path: Path) -> None:
+    """Look at both ends of a file of weights, before the time has come to load it.
+
+    Raises
+    ------
+    ValueError
+        If it is neither safetensors nor a torch file, or cut short.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="np"):  # reads the header, knows the length
+                return
+        except (OSError, SafetensorError) as error:
+            reason = str(error)
+    else:
+        with path.open("rb") as stream:
+            old_format = stream.read(1) == b"\x80"  # a bare pickle, which has no end to look at
+        if old_format or zipfile.is_zipfile(path):
+            return
+        reason = "neither a whole torch file nor safetensors"
+    raise ValueError(f"{path.name} cannot be read ({reason}): copy or download it again")
 
 
 def read_tensors(

@@ -2,8 +2,10 @@ import inspect
 import types
 import typing
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from helpers import (
     anchors,
@@ -150,8 +152,28 @@ def test_what_is_not_there_is_known_before_anything_runs(tmp_path, monkeypatch):
     (tmp_path / "autoencoder.safetensors").touch()
     (said,) = missing(latent_checkpoint=str(tmp_path))
     assert said.endswith("the folder has no unet.safetensors")
-    (tmp_path / "unet.safetensors").touch()
+    for name in ("autoencoder", "unet"):
+        save_file({"w": np.ones(2)}, tmp_path / f"{name}.safetensors")
     assert missing(latent_checkpoint=str(tmp_path)) == []
+    (tmp_path / "unet.safetensors").write_bytes(b"half")
+    (said,) = missing(latent_checkpoint=str(tmp_path))
+    assert "unet.safetensors cannot be read" in said and said.endswith("copy or download it again")
+    (tmp_path / "mine.pth").write_bytes(b"<html>")
+    (said,) = missing(sam_checkpoint=str(tmp_path / "mine.pth"))
+    assert said.startswith("sam_checkpoint = ") and "mine.pth cannot be read" in said
+
+
+def test_a_path_that_no_network_takes_is_refused():
+    given = {"run": "r", "seed": 0, "device": "cpu", "background": "keep", "tidy": True}
+    given |= {"n_components": 8, "extractor_path": "mine.pth"}
+    with pytest.raises(ValueError, match=r"extractor_path='mine\.pth' is given, but extractor="):
+        config.build("03_pca_pooling", given | {"extractor": "lite0"})
+    assert config.build("03_pca_pooling", given | {"extractor": "ctranspath"}).extractor_path
+
+
+def test_a_device_of_another_name_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"device = 'gpu': is none of those known \(auto, cpu"):
+        config.build("06_synthesis", {"device": "gpu"})
 
 
 def test_a_wrong_list_item_is_named_by_its_place():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageOps
 
-from helpers import datasets, phantom
+from helpers import datasets, phantom, runs
 
 GLAS = Path(__file__).resolve().parents[2] / "shared" / "data" / "glas"
 needs_glas = pytest.mark.skipif(
@@ -250,7 +251,7 @@ def test_one_of_two_tables_is_given_by_its_path(tmp_path):
         save(tmp_path / f"{name}.png")
         table = pd.DataFrame({"path": [f"{name}.png"], "label": [name], "split": ["train"]})
         table.to_csv(tmp_path / f"{name}.csv", index=False)
-    with pytest.raises(ValueError, match=r"holds 2 CSV files .* give the path of one as root"):
+    with pytest.raises(ValueError, match=r"holds 2 CSV files .* give the path of the one"):
         datasets.load("folder", root=tmp_path)
     for name in ("a", "b"):
         data = datasets.load("folder", root=str(tmp_path / f"{name}.csv"), image_size=32)
@@ -563,6 +564,12 @@ def test_bad_tables(tmp_path):
     write_csv(tmp_path, [("2.png", "a")], ["path", "label"])
     with pytest.raises(FileNotFoundError, match=r"line 2: image file .*2\.png does not exist"):
         datasets.load("folder", root=tmp_path)
+    write_csv(tmp_path, [(f"{i}.png", "a") for i in range(30)], ["path", "label"])
+    with pytest.raises(ValueError, match=r"^29 of 30 images cannot be used:\n") as error:
+        datasets.load("folder", root=tmp_path)
+    said = str(error.value).splitlines()
+    assert "line 2: image file" in said[1] and "line 4: image file" in said[2]
+    assert len(said) == 22 and said[-1] == "and 9 more"
     write_csv(tmp_path, [("1.png", "a"), ("1.png", "a")], ["path", "label"])
     with pytest.raises(ValueError, match=r"names 1\.png twice"):
         datasets.load("folder", root=tmp_path)
@@ -578,6 +585,43 @@ def test_bad_tables(tmp_path):
     (tmp_path / "second.csv").write_text("")
     with pytest.raises(ValueError, match="holds 2 CSV files"):
         datasets.load("folder", root=tmp_path)
+
+
+def test_images_that_a_table_does_not_name_are_counted(tmp_path):
+    for name in ("a/1.png", "a/2.png", "a/3.png", "a/1_glands.png", "b/4.png"):
+        save(tmp_path / name, seed=len(name))
+    Image.fromarray(np.ones((40, 48), np.uint8)).save(tmp_path / "a" / "1_glands.png")
+    rows = [("a/1.png", "x", "a/1_glands.png"), ("a/2.png", "x", None)]
+    write_csv(tmp_path, rows, ["path", "label", "mask"])
+    with pytest.warns(UserWarning, match=r"^1 images beside those .* passed over, e\.g\. 3\.png"):
+        data = datasets.load("folder", root=tmp_path, image_size=32)
+    assert len(data) == 2
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_with_accents_are_found_however_they_are_written(tmp_path, form):
+    name, other = (unicodedata.normalize(f, "Gewebe_ü.png") for f in ("NFC", "NFD"))
+    written, there = (name, other) if form == "NFC" else (other, name)
+    save(tmp_path / there)
+    write_csv(tmp_path, [(written, "a")], ["path", "label"])
+    assert len(datasets.load("folder", root=tmp_path, image_size=32)) == 1
+    assert tmp_path / there in set(runs._named_files(tmp_path / "images.csv"))
+
+
+def test_splits_that_are_drawn_anew_are_noted(tmp_path):
+    def drawn(n):
+        for i in range(n):
+            save(tmp_path / "a" / f"{i:02}.png", seed=i)
+            save(tmp_path / "b" / f"{i:02}.png", seed=100 + i)
+        return datasets.load("folder", root=tmp_path, image_size=32).records
+
+    before, now = drawn(10), drawn(16)
+    assert datasets.redrawn(before, before) is None
+    both = now.set_index("image_id")["split"].loc[before["image_id"]]
+    moved = int((both.to_numpy() != before["split"].to_numpy()).sum())
+    said = datasets.redrawn(now, before)
+    assert moved > 0 and said.startswith(f"{moved} of 20 images are in another split than before")
+    assert datasets.redrawn(now.assign(split=now["image_id"]), before.iloc[:0]) is None
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,10 @@ def test_all_missing_predecessors_are_named_at_once(run_root):
             "file (or small); correct the path",
         ),
         (["-p", "sam_checkpoint", "vitb"], "did you mean 'vit_b'"),
-        (["-p", "extractor_path", "c.pth"], "extractor_path = 'c.pth': there is no such file;"),
+        (
+            ["-p", "extractor", "ctranspath", "-p", "extractor_path", "c.pth"],
+            "extractor_path = 'c.pth': there is no such file;",
+        ),
         (["-p", "sigma", "[2"], "-p sigma [2: this is no YAML value ("),
         (
             ["--only", "00", "-p", "n_segments", "abc"],
@@ -297,24 +300,47 @@ def test_a_preset_file_may_name_the_data(run_root, tmp_path, monkeypatch):
         assert again[1] == given and again[3] == record
 
 
+@pytest.mark.parametrize("made", [None, "half", "whole"])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), runs.Failed("x"), ValueError("x")])
-def test_options_are_forgotten_after_an_error_but_not_when_a_run_is_stopped(
-    run_root, monkeypatch, error
-):
+def test_options_are_kept_if_they_have_made_something(run_root, monkeypatch, error, made):
+    """A command that fails, or is stopped, before it has done so may well be a mistake."""
     note = run_root / "r" / "run.json"
     old, new = ({"preset": "smoke", "options": {"steps": n}} for n in (5, 6))
     runs.dump(note, old)
     runs.dump(run_root / "r" / TISSUE / "manifest.json", {})
+    partial = run_root / "r" / f".{FIRST}.partial"
+    runs.dump(partial / "old.json", {})
 
     def work(*args, **kwargs):
         assert runs.load(note) == new  # so that it is there after a kill as well
+        shutil.rmtree(partial)
+        runs.dump(partial / "params.json", {})
+        if made:
+            folder = partial / "work" if made == "half" else run_root / "r" / FIRST
+            runs.dump(folder / "manifest.json", {})
         if error:
             raise error
 
     monkeypatch.setattr(execute, "execute", work)
-    kept = error is None or isinstance(error, KeyboardInterrupt)
-    assert (execute.main(["--run", "r", "-p", "steps", "6"]) in (0, 130)) == kept
-    assert runs.load(note) == (new if kept else old)
+    status = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
+    assert execute.main(["--run", "r", "-p", "steps", "6"]) == status
+    assert runs.load(note) == (new if error is None or made else old)
+
+
+def test_a_folder_of_data_that_has_gone_stops_only_what_reads_it(run_root, tmp_path):
+    folder, record = tmp_path / "mine", run_root / "r" / "run.json"
+    options = {"dataset": "folder", "data_root": str(folder)}
+    runs.dump(record, {"preset": "smoke", "options": options})
+    runs.dump(run_root / "r" / TISSUE / "manifest.json", {})
+    _, given, chapters, _ = execute.resolve(execute._parse(["--run", "r", "--only", "04"]))
+    assert given["data_root"] == str(folder) and chapters == ["04_probabilistic_replacement"]
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        execute.resolve(execute._parse(["--run", "r"]))
+    (tmp_path / "moved").mkdir()
+    moved = ["--run", "r", "--data-root", str(tmp_path / "moved")]
+    with pytest.raises(ValueError, match="in another place, --force --only 00 files them again"):
+        execute.resolve(execute._parse(moved))
+    execute.resolve(execute._parse([*moved, "--force", "--only", "00"]))
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
@@ -366,7 +392,7 @@ def test_names_that_look_like_numbers_are_names(run_root, tmp_path):
 
 
 def test_paths_of_weights_and_pictures_are_seen_from_where_one_is(run_root, tmp_path, monkeypatch):
-    (tmp_path / "mine.pth").write_bytes(b"x")
+    (tmp_path / "mine.pth").write_bytes(b"\x80")  # as a pickle begins
     (tmp_path / "pictures").mkdir()
     (tmp_path / "small").mkdir()  # a name of weights all the same
     monkeypatch.chdir(tmp_path)
@@ -494,3 +520,15 @@ def test_a_killed_kernel_is_said_to_have_been_killed(tmp_path):
     said = execute._failure("06_synthesis", tmp_path / "none.ipynb", log)
     assert said.startswith("06_synthesis: its process was killed")
     assert "the same command goes on" in said and "Traceback" not in said
+    assert "lower synthesis_batch, or image_size" in said
+    said = execute._failure("03_pca_pooling", tmp_path / "none.ipynb", log)
+    assert said.endswith("lower image_size, with which all chapters begin again")
+
+
+def test_notes_of_a_chapter_are_found(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("note: prose"), nbformat.v4.new_code_cell("1")]
+    printed = ("stream", "7 images\nnote: 3 are copies\n a note: inside\n"), ("stream", "note: b")
+    cells[1].outputs = [nbformat.v4.new_output(kind, text=text) for kind, text in printed]
+    cells[1].outputs.append(nbformat.v4.new_output("display_data", {"text/plain": "note: no"}))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert execute._notes(tmp_path / "a.ipynb") == ["note: 3 are copies", "note: b"]

@@ -1,4 +1,5 @@
 import fcntl
+import itertools
 import json
 import os
 from types import SimpleNamespace
@@ -124,6 +125,44 @@ def test_half_done_work_is_found_again_unless_parameters_changed(run_root, sourc
     runs.begin(TISSUE, params(TISSUE)).path("a.txt").write_text("kept")
     assert runs.begin(TISSUE, params(TISSUE)).path("a.txt").read_text() == "kept"
     assert not runs.begin(TISSUE, params(TISSUE, seed=1)).path("a.txt").exists()
+
+
+def test_half_done_work_is_kept_with_smaller_batches(run_root, source):
+    """It is what one is told to try when memory runs out."""
+    last = "06_synthesis"
+    for name in itertools.takewhile(lambda name: name != last, runs.NEEDS):
+        runs.begin(name, params(name, inpaint_batch=8)).finish({})
+    runs.begin(last, params(last, synthesis_batch=8)).path("a.txt").write_text("kept")
+    assert runs.begin(last, params(last, synthesis_batch=2)).path("a.txt").exists()
+    healing = "05_sde_mcg_inpainting"
+    runs.begin(healing, params(healing, inpaint_batch=1)).finish({})
+    again = runs.begin(last, params(last, synthesis_batch=2))
+    assert again.path("a.txt").exists()
+    again.finish({})
+    assert runs.up_to_date("r", last, params(last, synthesis_batch=4)) == (
+        False, "synthesis_batch changed",
+    )  # fmt: skip
+    runs.begin(last, params(last)).path("a.txt").write_text("kept")
+    runs.begin(healing, params(healing, steps=3)).finish({})
+    assert not runs.begin(last, params(last)).path("a.txt").exists()
+
+
+@pytest.mark.parametrize("result", [1, 2])
+def test_half_done_work_is_kept_if_a_predecessor_gave_the_same_again(run_root, source, result):
+    runs.begin(TISSUE, params(TISSUE)).finish({"n": 1})
+    runs.begin(FIRST, params(FIRST)).path("a.txt").write_text("kept")
+    runs.begin(TISSUE, params(TISSUE)).finish({"n": result})
+    assert runs.begin(FIRST, params(FIRST)).path("a.txt").exists() == (result == 1)
+
+
+def test_what_a_chapter_left_the_last_time_is_found_until_it_finishes(run_root, source):
+    assert runs.begin(TISSUE, params(TISSUE)).earlier("images.csv") is None
+    finish_tissue()
+    stage = runs.begin(TISSUE, params(TISSUE, seed=5))
+    stage.path("images.csv").write_text("new")
+    assert "007" in stage.earlier("images.csv").read_text()
+    stage.finish({})
+    assert stage.earlier("images.csv") is None
 
 
 def test_half_a_file_of_a_killed_process_is_swept_away(run_root, source):

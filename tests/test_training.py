@@ -1,3 +1,4 @@
+import argparse
 import json
 from dataclasses import dataclass, replace
 
@@ -13,10 +14,12 @@ from helpers.training import (
     Recipe,
     Trainer,
     average,
+    command,
     drawn_with,
     keep_to_settings,
     learning_rate,
     machine,
+    positive,
 )
 
 RECIPE = Recipe(steps=6, rate=0.1, warmup=2, ema=0.9)
@@ -253,8 +256,59 @@ def test_another_seed_sees_other_batches():
      ({"warmup": -1}, "warmup = -1")],
 )  # fmt: skip
 def test_recipes_that_cannot_be_followed_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=f"^{said}: a training needs steps >= 1"):
+    with pytest.raises(ValueError, match=f"^{said}: a training needs counts >= 1"):
         Recipe(**wrong)
+
+
+@dataclass(frozen=True)
+class WithBatches(Recipe):
+    batch: int = 8
+    images: str | None = None
+
+
+def test_a_recipe_needs_one_at_least_of_what_it_counts():
+    with pytest.raises(ValueError, match=r"^batch = 0: a training needs counts >= 1"):
+        WithBatches(batch=0)
+    assert WithBatches(batch=1, images="a folder").images == "a folder"
+
+
+def test_a_checkpoint_is_written_after_some_minutes_whatever_the_steps(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Line, "save", lambda self, path: saved.append(self.step))
+    Line().run(checkpoint=tmp_path / "line.pt", every=2, score_every=100, log=None)
+    assert saved == [6]
+    advance = Line.advance
+
+    def slow(self):
+        self.seconds += 200
+        return advance(self)
+
+    monkeypatch.setattr(Line, "advance", slow)
+    Line().run(checkpoint=tmp_path / "line.pt", every=2, score_every=100, log=None)
+    assert saved == [6, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(None, 0, ""), (ValueError("no such folder"), 1, "\nno such folder\n"),
+     (FileNotFoundError("a.pt"), 1, "\na.pt\n"), (KeyboardInterrupt(), 130, "\nstopped; the same")],
+)  # fmt: skip
+def test_a_command_says_what_its_user_can_mend(error, status, said, capsys):
+    def main():
+        if error:
+            raise error
+
+    assert command(main) == status
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        command(lambda: 1 / 0)
+
+
+def test_counts_of_a_command_line_are_whole_and_positive():
+    assert positive("3") == 3
+    for text in ("0", "-1", "1.5", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number of at least 1"):
+            positive(text)
 
 
 def test_average_of_files_is_their_mean_and_keeps_their_words(tmp_path):

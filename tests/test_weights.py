@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.weights import read_tensors, read_weights, write_weights
+from helpers.weights import check_whole, read_tensors, read_weights, write_weights
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -88,6 +88,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, share):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{name} (could not be read|is not a readable)"):
             read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.safetensors", "old.pth"])
+def test_a_file_that_is_cut_short_is_known_without_loading_it(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        write_weights(path, TENSORS, {})
+    else:
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=name != "old.pth")
+    check_whole(path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"<html>no such page", whole[:-1]):
+        path.write_bytes(damaged)
+        if damaged == whole[:-1] and name == "old.pth":  # it has no end to look at
+            check_whole(path)
+            continue
+        with pytest.raises(ValueError, match=rf"{name} cannot be read .* copy or download it"):
+            check_whole(path)
 
 
 class Surprise:
