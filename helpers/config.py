@@ -165,7 +165,9 @@ class SuperpixelPrompting(WithDevice):
         Literal["full", "bfloat16"],
         Field(description="of SAM's matrix products; bfloat16 where the hardware has it"),
     ]
-    points_per_batch: Annotated[Positive, Field(description="prompts decoded at once")]
+    points_per_batch: Annotated[
+        Positive | None, Field(description="prompts decoded at once; None: as suits the device")
+    ]
     mask_choice: Annotated[
         tuple[Literal["best", "smallest", "middle", "largest"], ...],
         BeforeValidator(_as_tuple),

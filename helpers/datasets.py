@@ -1002,8 +1002,8 @@ def _note_unnamed(path: Path, table: pd.DataFrame) -> None:
     there = [p for folder in folders for p in _pictures(folder)]
     if beside := [p for p in there if os.path.realpath(p) not in named]:
         warnings.warn(
-            f"{len(beside)} images beside those that {path.name} names are passed over, e.g. "
-            f"{beside[0].name}: add lines for them if they are meant",
+            f"{path.name} leaves out {len(beside)} of the images in the folders of those that it "
+            f"names, e.g. {beside[0].name}: add lines for them if they are meant",
             stacklevel=4,
         )
 

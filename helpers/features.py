@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from helpers.config import torch_device
 from helpers.images import check_image
 from helpers.pool import Pool, append, check_leakage
 from helpers.segment_table import Segments, drop_duplicates, rows_by_image, tidy
-from helpers.weights import read_tensors
+from helpers.weights import read_tensors, tensors_digest
 
 with warnings.catch_warnings():  # a hint of tqdm's about widgets, which the book does not use
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -57,6 +57,8 @@ class Extractor:
     mean, std : tuple of float
         Channel statistics the network was trained with, for values in [0, 1].
     device : str
+    digest : str
+        SHA-256 of its weights.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Extractor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: str = "cpu"
+    digest: str = ""
 
     def embed(self, crops: np.ndarray, batch: int = 32, *, progress: bool = False) -> np.ndarray:
         """Features of crops.
@@ -225,10 +228,12 @@ def extend(
         If the pool was made with another extractor, or as :func:`helpers.pool.append`.
     """
     theirs = pool.provenance.get("extractor", extractor.name)
-    if theirs != extractor.name:
+    digest = pool.provenance.get("extractor_weights", extractor.digest)
+    if theirs != extractor.name or digest != extractor.digest:
+        other = "other weights of it" if theirs == extractor.name else repr(extractor.name)
         raise ValueError(
-            f"the pool was built with the extractor {theirs!r}, not {extractor.name!r}: features "
-            "of two networks cannot be compared; load that extractor, or build the pool again"
+            f"the pool was built with the extractor {theirs!r}, not {other}: features of two "
+            "networks cannot be compared; load that extractor, or build the pool again"
         )
     new = sorted(set(segments.images["image_id"]) - set(pool.images["image_id"]))
     if not new:
@@ -281,14 +286,18 @@ def load_extractor(
                 f"lite0 takes its weights from a package, but path={str(path)!r} is given: "
                 "leave the path out, or use ctranspath"
             )
-        network, (mean, std) = _lite0(), HALF
+        weights = lite_state_dict()
+        network, (mean, std) = _lite0(weights), HALF
     elif name == "ctranspath":
         network, (mean, std) = _ctranspath(path), IMAGENET
+        weights = network.state_dict()
     else:
         raise ValueError(f"no extractor is called {name!r}: use 'lite0' or 'ctranspath'")
     device = torch_device(device)
     network.eval().requires_grad_(False).to(device)
-    return Extractor(name, network.num_features, network, mean, std, device)
+    return Extractor(
+        name, network.num_features, network, mean, std, device, tensors_digest(weights)
+    )
 
 
 # --- EfficientNet-Lite0 ---------------------------------------------------------------------------
@@ -341,9 +350,8 @@ def lite_state_dict(kind: str = "lite0") -> dict[str, torch.Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def _lite0() -> nn.Module:
+def _lite0(weights: Mapping[str, torch.Tensor]) -> nn.Module:
     network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-    weights = lite_state_dict()
     network.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
     return _without_norms(network.eval()).to(memory_format=torch.channels_last)
 

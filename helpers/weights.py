@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,6 +99,16 @@ def read_tensors(
             f"{path} holds no state dictionary of tensors: it is no checkpoint of a network"
         )
     return dict(content)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values of tensors, whatever file they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    return digest.hexdigest()
 
 
 def write_weights(

@@ -218,7 +218,7 @@ def test_choice_is_that_of_the_literal_form_on_the_same_masks(seed):
 def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
     """Full resolution decides a tie now and then otherwise, between masks that are near-duplicates.
 
-    So the anchors are compared, not their indices; at most one may be of another cluster.
+    So the anchors are compared, not their indices.
     """
     image = phantom.render(seed, seed=8, size=size).image
     points = draw_points(superpixels(image, 6), 6, rng=np.random.default_rng(seed))
@@ -226,9 +226,8 @@ def test_fast_path_gives_the_anchors_of_the_literal_form(small, seed, size):
     proposals = propose(small, embed(small, image), points.reshape(-1, 2))
     fast = choose_anchors(proposals, len(points), distance_threshold=0.1)
     assert len(literal) == len(fast) >= 4
-    same = [iou_matrix(np.stack([masks[i], proposals.full(j)]))[0, 1] >= 0.9
-            for i, j in zip(literal, fast, strict=True)]  # fmt: skip
-    assert sum(same) >= len(same) - 1
+    for i, j in zip(literal, fast, strict=True):
+        assert iou_matrix(np.stack([masks[i], proposals.full(j)]))[0, 1] >= 0.95
 
 
 def test_each_choice_of_mask_has_anchors_of_its_own(small):
@@ -412,7 +411,7 @@ def test_an_anchor_settled_early_is_a_near_duplicate_of_the_final_one(linkage):
 
 
 @pytest.mark.parametrize(("seed", "choices"), [(1, ["middle"]), (2, ["largest", "best"])])
-def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed, choices):
+def test_rounds_ask_fewer_prompts_and_give_nearly_the_same_anchors(small, seed, choices):
     image = phantom.render(seed, seed=8, size=(128, 150)).image
     full, early = (
         prompt(
@@ -441,7 +440,7 @@ def test_rounds_ask_fewer_prompts_and_give_the_same_anchors(small, seed, choices
     b = choose_anchors(early.proposals, len(choices) * n)
     masks = full.proposals.masks()
     for i, j in zip(a, b, strict=True):
-        assert i // k == j // k and iou_matrix(masks[[i, j]])[0, 1] >= 0.8
+        assert i // k == j // k and iou_matrix(masks[[i, j]])[0, 1] >= 0.9
 
 
 def test_rounds_end_at_once_where_every_prompt_gives_the_same_mask(monkeypatch, random_sam):

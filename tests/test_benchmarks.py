@@ -1,12 +1,21 @@
 """The benchmarks that own images may be measured with; the others only print times."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import diffusion, execute, features, latent, phantom
-from tests.benchmarks import __main__, bench_replacement, bench_segments
+from helpers import anchors, diffusion, execute, features, latent, phantom, sam
+from tests.benchmarks import (
+    __main__,
+    bench_memory,
+    bench_phase1,
+    bench_replacement,
+    bench_segments,
+    measure,
+)
 
 
 @pytest.fixture
@@ -25,7 +34,92 @@ def annotated(tmp_path):
 def test_an_unknown_benchmark_is_named_beside_those_there_are(capsys):
     assert __main__.main(["measure"]) == 1
     said = capsys.readouterr().err
-    assert "'measure': there are bench_phase1, bench_phase2, bench_pool" in said
+    assert "'measure': there are bench_memory, bench_phase1, bench_phase2" in said
+
+
+def test_every_run_is_named_as_its_own_command(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(bench_phase1, "main", seen.append)
+    assert __main__.main(["bench_phase1"]) == 0
+    assert seen == [options.split() for options in bench_phase1.RUNS]
+    said = capsys.readouterr().out
+    assert "-- python -m tests.benchmarks.bench_phase1 --checkpoint vit_b --random" in said
+
+
+TINY = ["--side", "64", "--segments", "4", "--points", "3"]
+
+
+def test_phase_1_is_compared_with_its_literal_form(capsys):
+    (row,) = bench_phase1.main([*TINY, "--images", "1", "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert "phase 1, small, full precision, 64 px" in said
+    assert "literal / fast: encoder and prompts" in said
+    assert row["same"] == 1 and row["prompts"] % 3 == 0
+    assert row["literal_s"] > row["literal_prompting_s"] > 0
+    assert row["fast_s"] > row["prompting_s"] > 0
+
+
+def test_the_literal_form_may_stop_after_some_superpixels():
+    model, image = bench_phase1.load_model("small", False, "cpu"), bench_phase1.tissue(0, 64)
+    points = np.random.default_rng(0).integers(0, 64, (4, 3, 2))
+    index = bench_phase1.fast(model, image, points, None)
+    proposals = bench_phase1.ask(model, image, points, None)
+    *_, reference, masks = bench_phase1.literal(model, image, points, 2)
+    assert list(index[:2]) == reference and masks.shape == (6, 64, 64)
+    row = bench_phase1._literal_row(model, image, points, 4, index, proposals)  # 4 of 3 are two
+    assert row["same"] == 1
+
+
+@pytest.mark.parametrize("outputs", ["best", "three"])
+def test_bare_passes_are_those_that_the_fast_form_makes(monkeypatch, outputs):
+    model, image = bench_phase1.load_model("small", False, "cpu"), bench_phase1.tissue(0, 64)
+    choices = {"best": ("best",), "three": ("middle", "largest", "best")}[outputs]
+    points, passes, decode = np.full((5, 7, 2), 30), [], sam.decode
+
+    def noted(model, features, xy, *args, **settings):
+        passes.append((xy.shape, settings["outputs"], settings["side"] is not None))
+        return decode(model, features, xy, *args, **settings)
+
+    monkeypatch.setattr(sam, "decode", noted)
+    bench_phase1.ask(model, image, points, None, choices)
+    made = sorted(passes)
+    passes.clear()
+    bench_phase1.bare(model, image, 35, None, outputs)
+    assert sorted(passes) == made and made[0][1] == outputs
+
+
+def test_batches_are_compared_at_full_size(capsys):
+    table = bench_phase1.main(["--side", "64", "--batches", "1", "32", "--repeats", "1"])
+    assert list(table.index) == [1, 32] and (table["ms/prompt"] > 0).all()
+    assert (table["prompts"] % (table.index * table["at once"]) == 0).all()
+    assert "default batch 32" in capsys.readouterr().out
+
+
+def test_memory_is_measured_after_each_number_of_images(monkeypatch, capsys):
+    monkeypatch.setattr(bench_memory, "alone", lambda work, *args: work(*args))
+    table = bench_memory.main([*TINY, "--images", "1", "3", "--image-size", "64"])
+    assert "MB = 10^6 bytes above the loaded model" in capsys.readouterr().out
+    assert list(table["images"]) == [1, 1, 1, 3]
+    assert list(table["prompts/image"][:2]) == [12, 12]
+    assert (table[["s/image", "CPU s/image"]] > 0).all(axis=None)
+    assert (table["peak MB"] >= table["resident MB"]).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, 12, 30])
+def test_cells_of_the_large_image(n):
+    labels = bench_memory.cells(64, n)
+    assert labels.shape == (64, 64) and (np.bincount(labels.ravel()) > 0).sum() == n
+    assert labels[0, 0] == 0 and labels[-1, -1] == n - 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_large_image_takes_little_memory_whatever_its_parent_holds():
+    held = b"x" * 2**30
+    image, choices = bench_phase1.tissue(0, 1024), anchors.prompt.__kwdefaults__["mask_choice"]
+    loading = ("small", False, "cpu")
+    (row,) = measure.alone(bench_memory.large, loading, image, 30, 15, choices)
+    assert len(held) and row["prompts/image"] == 450
+    assert 50 < row["peak MB"] < 700
 
 
 def test_segments_are_measured_on_own_images(annotated, capsys):

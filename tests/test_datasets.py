@@ -593,7 +593,7 @@ def test_images_that_a_table_does_not_name_are_counted(tmp_path):
     Image.fromarray(np.ones((40, 48), np.uint8)).save(tmp_path / "a" / "1_glands.png")
     rows = [("a/1.png", "x", "a/1_glands.png"), ("a/2.png", "x", None)]
     write_csv(tmp_path, rows, ["path", "label", "mask"])
-    with pytest.warns(UserWarning, match=r"^1 images beside those .* passed over, e\.g\. 3\.png"):
+    with pytest.warns(UserWarning, match=r"^images\.csv leaves out 1 of .* e\.g\. 3\.png"):
         data = datasets.load("folder", root=tmp_path, image_size=32)
     assert len(data) == 2
 

@@ -10,6 +10,7 @@ from skimage import data
 from helpers import features
 from helpers.pool import Pool, build
 from helpers.segment_table import collect
+from helpers.weights import tensors_digest
 from tests import toy_segments as toy
 
 
@@ -241,6 +242,7 @@ def test_ctranspath_round_trip(ctranspath_file, tmp_path, suffix, prefix):
     else:
         torch.save({"model": weights}, path)
     extractor = features.load_extractor("ctranspath", path=path)
+    assert extractor.digest == tensors_digest(network.state_dict())
     assert extractor.dim == 768
     for key, value in network.state_dict().items():
         assert torch.equal(extractor.network.state_dict()[key], value), key
@@ -395,6 +397,10 @@ def test_what_may_not_grow_is_refused_before_any_work(growing):
     other = features.Extractor("other", 12, Counting(), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="extractor 'toy', not 'other'"):
         features.extend(pool, other, segments, images.__getitem__)
+    pool.provenance["extractor_weights"] = "a digest"
+    with pytest.raises(ValueError, match="extractor 'toy', not other weights of it"):
+        features.extend(pool, network, segments, images.__getitem__)
+    del pool.provenance["extractor_weights"]  # as in a pool of an earlier version
     test = table.assign(split=["train"] * 5 + ["test"])
     with pytest.raises(ValueError, match=r"leakage.*im5"):
         features.extend(pool, network, segments, images.__getitem__, records=test)

@@ -5,13 +5,14 @@ import http.server
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
 
 from helpers import phantom, sam
 from helpers.sam import (
@@ -388,6 +389,58 @@ def test_smoothing_takes_away_what_repeats_with_the_cells_and_keeps_slopes():
 
 def test_no_points_give_no_proposals(random_sam, picture):
     assert len(propose(random_sam, embed(random_sam, picture), np.zeros((0, 2)))) == 0
+
+
+def test_an_official_checkpoint_is_loaded_and_gives_what_the_predictor_gives(tmp_path, monkeypatch):
+    """An encoder as wide as vit_b's, with a block of windows and a global one, on 64 pixels."""
+    torch.manual_seed(0)
+    encoder = {"depth": 2, "embed_dim": 768, "img_size": 64, "mlp_ratio": 0.5, "num_heads": 12}
+    encoder |= {"window_size": 3, "global_attn_indexes": (1,), "use_rel_pos": True}
+
+    def build():
+        official = build_small_sam(64, dim=256)
+        official.image_encoder = ImageEncoderViT(patch_size=16, qkv_bias=True, **encoder)
+        grid = (4, 4)
+        official.prompt_encoder = PromptEncoder(256, grid, (64, 64), mask_in_chans=16)
+        official.mask_decoder.output_upscaling = official.mask_decoder.output_upscaling[:5]
+        return official.eval()
+
+    original = build()
+    for name, weight in original.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    torch.save(original.state_dict(), tmp_path / "mine.pth")
+    monkeypatch.setattr(sam, "sam_model_registry", {"vit_b": build})
+    loaded = load_sam(tmp_path / "mine.pth")
+    assert any(block.attn.forward.__func__ is sam._attend_by_head
+               for block in loaded.image_encoder.blocks)  # fmt: skip
+    image = np.random.default_rng(0).integers(0, 255, (47, 80, 3), dtype=np.uint8)
+    points = np.array([[3, 40], [79, 0], [40, 20]], float)
+    _, iou, low = _reference(original, image, points)
+    found = propose(loaded, embed(loaded, image), points)
+    best = low[torch.arange(3), iou.argmax(1)]
+    assert best.std() > 0.01
+    torch.testing.assert_close(found.padded, best, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.iou, iou.max(1).values.clamp(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "side", "batch"), [("cpu", 256, 32), ("cpu", 1024, 4), ("cuda", 256, 256),
+                                  ("cuda", 1024, 64)],
+)  # fmt: skip
+def test_without_a_size_the_batch_is_that_of_the_device(device, side, batch):
+    encoder = SimpleNamespace(img_size=side)
+    model = SimpleNamespace(device=torch.device(device), image_encoder=encoder)
+    assert sam.default_batch(model) == batch
+
+
+def test_the_batch_of_the_device_is_what_is_decoded_at_once(random_sam, picture, monkeypatch):
+    sizes, original = [], sam.decode
+    monkeypatch.setattr(sam, "default_batch", lambda model: 3)
+    monkeypatch.setattr(sam, "decode", lambda *a, **k: sizes.append(a[2].shape[1]) or original(*a, **k))
+    points = np.random.default_rng(2).integers(0, 70, (11, 2))
+    propose(random_sam, embed(random_sam, picture), points, points_per_batch=None)
+    assert sum(sizes) == 11 and max(sizes) <= 3
 
 
 def test_missing_and_wrong_checkpoints(tmp_path):

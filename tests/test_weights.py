@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.weights import check_whole, read_tensors, read_weights, write_weights
+from helpers.weights import check_whole, read_tensors, read_weights, tensors_digest, write_weights
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -23,6 +23,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for path in (broken, tmp_path / "missing.safetensors"):
         with pytest.raises(ValueError, match=rf"{path.name} is not a readable safetensors file"):
             read_weights(path)
+
+
+def test_a_digest_is_that_of_names_and_values_in_any_order():
+    a = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "none": torch.zeros(0, 2)}
+    digest = tensors_digest(a)
+    assert digest == tensors_digest({k: a[k].clone() for k in reversed(a)})
+    assert digest == tensors_digest(a | {"w": a["w"].T.contiguous().T})
+    others = [{"w": a["w"] + 1e-6}, {"w": a["w"].reshape(3, 2)}, {"w": a["w"].double()},
+              {"n": torch.tensor(4)}]  # fmt: skip
+    assert len({digest, *(tensors_digest(a | other) for other in others)}) == 5
+    assert tensors_digest({"v": a["w"]}) != tensors_digest({"w": a["w"]})
 
 
 def test_interrupted_writing_leaves_the_old_weights(tmp_path, monkeypatch):

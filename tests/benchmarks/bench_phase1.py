@@ -1,18 +1,22 @@
 """Phase 1: the fast path against the literal form of the paper, and against its bare passes.
 
-The literal form runs on the model as the package `segment_anything` builds it, and keeps one mask
-a prompt, as the paper does; the last columns are of the fast form with an anchor for each choice of
-mask that is the default (``several``), and of passes that give all masks of a prompt.
+The literal form runs on the model as the package `segment_anything` builds it, one `predict` a
+prompt with masks at the size of the image, and keeps one mask a prompt, as the paper does. Its
+prompting and its clustering are timed apart: the clustering is plain loops of the tests, slower
+than it would have to be. The last rows are of the fast form with an anchor for each choice of mask
+that is the default (``several``), and of passes that give all masks of a prompt.
 ``python -m tests.benchmarks.bench_phase1`` prints a table; ``--images``, ``--points`` and
 ``--side`` change the size, ``--crop-layers 2`` asks on crops too, ``--checkpoint vit_b --random``
 times the official architecture without weights, ``--bf16`` asks in lower precision where the
-hardware has it (the literal form stays as it is), ``--literal 20`` extrapolates the literal form
-from 20 of its prompts, which is what takes long there.
+hardware has it (the literal form stays as it is), ``--literal 30`` extrapolates the literal form
+from its first superpixels with so many prompts, which is what takes long there. ``--batches 1 4 8``
+prints seconds a prompt by the batch of the decoder instead, which ``sam.default_batch`` rests on.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,8 +24,61 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 
 from helpers import anchors, config, phantom, sam
-from tests.benchmarks.measure import clock, peak_memory
-from tests.literal_phase1 import literal_anchors, literal_answers
+from helpers.processes import at_once, in_threads
+from tests.benchmarks.measure import clock, clock_in_turn, peak_memory
+from tests.literal_phase1 import literal_anchor, literal_answers
+
+#: What ``make bench`` prints: the small model, and the official architecture of the same kind.
+RUNS = ("", "--checkpoint vit_b --random --images 1 --literal 30 --repeats 1")
+
+#: Times of one view, by key of its row.
+TIMES = {
+    "literal_prompting_s": "literal: encoder and prompts, s",
+    "literal_s": "literal: with clustering, s",
+    "prompting_s": "fast: encoder and prompts, s",
+    "fast_s": "fast: with clustering, s",
+    "early_s": "fast, stopping early, s",
+    "bare_s": "bare passes, s",
+    "several_s": "several masks, s",
+    "several_bare_s": "several masks: bare passes, s",
+}
+#: The other keys of an image's row.
+FIGURES = {
+    "ratio_prompting": "literal / fast: encoder and prompts",
+    "ratio": "literal / fast: with clustering",
+    "ratio_early": "literal / fast, stopping early",
+    "over_bare": "fast / bare passes",
+    "several_over_bare": "several masks / bare passes",
+    "same": "share of anchors that are the same",
+    "asked": "stopping early: share of prompts asked",
+    "early_iou": "stopping early: IoU with the anchor",
+}
+
+
+def load_model(checkpoint: str, random: bool, device: str):
+    """A model, on request with random weights."""
+    if not random:
+        return sam.load_sam(checkpoint, device=device)
+    torch.manual_seed(0)
+    build = (
+        sam.build_small_sam if checkpoint == "small" else partial(sam.build_official, checkpoint)
+    )
+    return build().eval().requires_grad_(False).to(config.torch_device(device))
+
+
+def as_built(model, kind: str):
+    """The same weights in the model of the package, without this project's attention."""
+    if kind not in sam_model_registry:
+        return model
+    plain = sam_model_registry[kind]().eval().requires_grad_(False)
+    plain.load_state_dict(model.state_dict())
+    return plain.to(model.device)
+
+
+def tissue(i: int, side: int) -> np.ndarray:
+    """A square phantom, one grade after the other."""
+    grade = phantom.GRADES["colon"][i % 4]
+    return phantom.render(i, seed=42, grade=grade, size=(side, side)).image
 
 
 def views(image: np.ndarray, options, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -39,44 +96,78 @@ def views(image: np.ndarray, options, seed: int) -> list[tuple[np.ndarray, np.nd
     ]
 
 
-def fast(model, image, points: np.ndarray, dtype: torch.dtype | None, choices=("best",)):
-    """Anchors of one view and the proposals behind them."""
+# --- what is timed --------------------------------------------------------------------------------
+
+
+def ask(model, image, points: np.ndarray, dtype: torch.dtype | None, choices=("best",)):
+    """Proposals of one view: the encoder and all prompts."""
     embedding = sam.embed(model, image, dtype=dtype)
-    proposals = sam.propose(
-        model, embedding, points.reshape(-1, 2), dtype=dtype, mask_choice=choices
-    )
-    return anchors.choose_anchors(proposals, len(points) * len(choices)), proposals
+    return sam.propose(model, embedding, points.reshape(-1, 2), dtype=dtype, mask_choice=choices)
 
 
-def bare(
-    model, image, n_points: int, batch: int, dtype: torch.dtype | None, outputs: str = "best"
-) -> float:
-    """Seconds of one encoder pass and of decoder passes for `n_points` prompts."""
+def fast(model, image, points: np.ndarray, dtype: torch.dtype | None, choices=("best",)):
+    """Anchors of one view."""
+    proposals = ask(model, image, points, dtype, choices)
+    return anchors.choose_anchors(proposals, len(points) * len(choices))
+
+
+def early(model, image, points: np.ndarray, dtype: torch.dtype | None):
+    """Anchors of one view, and which prompts they took, in rounds."""
+    embedding = sam.embed(model, image, dtype=dtype)
+    proposals, asked = anchors.ask_in_rounds(model, embedding, points, how={"dtype": dtype})
+    return anchors.choose_anchors(proposals, len(points)), asked
+
+
+def bare(model, image, n_points: int, dtype: torch.dtype | None, outputs: str = "best") -> None:
+    """One encoder pass and decoder passes for `n_points` prompts, in the batches of the helper."""
     xy = (torch.rand(1, n_points, 1, 2) * model.image_encoder.img_size).to(model.device)
     ones = torch.ones(1, n_points, 1, device=model.device)
-
-    def passes():
-        features = sam.embed(model, image, dtype=dtype).features
+    lower = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=dtype is not None)
+    features = sam.embed(model, image, dtype=dtype).features
+    with torch.no_grad(), lower():
         side = sam.image_side(model, features)
-        for i in range(0, n_points, batch):
-            part = slice(i, i + batch)
+    batch = sam._even_batch(n_points, sam.default_batch(model), model.device)
+
+    def decode(start: int) -> None:
+        part = slice(start, start + batch)  # each thread has its own settings of torch
+        with torch.no_grad(), lower():
             sam.decode(model, features, xy[:, part], ones[:, part], outputs=outputs, side=side)
 
-    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype is not None)
-    with torch.no_grad(), lower:
-        return clock(passes)[0]
+    for _ in in_threads(decode, range(0, n_points, batch), model.device):
+        pass
 
 
-def as_built(model, kind: str):
-    """The same weights in the model of the package, without this project's attention."""
-    if kind not in sam_model_registry:
-        return model
-    plain = sam_model_registry[kind]().eval().requires_grad_(False)
-    plain.load_state_dict(model.state_dict())
-    return plain.to(model.device)
+def literal(model, image, points: np.ndarray, first: int):
+    """The literal form on the first superpixels of a view.
+
+    Returns
+    -------
+    prompting, whole : float
+        Seconds for all superpixels, extrapolated from those.
+    index : list of int
+        Anchors of the first superpixels, -1 for none.
+    masks : (first * K, H, W) bool ndarray
+    """
+    n, k, _ = points.shape
+    side = np.sqrt(image.shape[0] * image.shape[1])
+    predictor = SamPredictor(model)
+    encoder, _ = clock(lambda: predictor.settissue(image))
+    prompts, (masks, scores) = clock(lambda: literal_answers(predictor, points[:first]))
+
+    def cluster():
+        rows = [slice(i * k, (i + 1) * k) for i in range(first)]
+        return [literal_anchor(masks[row], scores[row], 0.1 * side) for row in rows]
+
+    clustering, found = clock(cluster)
+    index = [-1 if best is None else i * k + best for i, best in enumerate(found)]
+    prompting = encoder + prompts * n / first
+    return prompting, prompting + clustering * n / first, index, masks
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+# --- the table ------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> list[dict] | pd.DataFrame:
     """Time, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="small")
@@ -89,118 +180,131 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--points", type=int, default=15)
     parser.add_argument("--crop-layers", type=int, default=0)
     parser.add_argument("--literal", type=int, help="prompts of the literal form; default: all")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of all but the literal form")
+    parser.add_argument("--batches", type=int, nargs="+", help="time these batches instead")
     options = parser.parse_args(argv)
-    if options.random:
-        model = sam.build_official(options.checkpoint).eval().requires_grad_(False)
-        model = model.to(config.torch_device(options.device))
-    else:
-        model = sam.load_sam(options.checkpoint, device=options.device)
-    plain = as_built(model, options.checkpoint)
-    batch = sam.default_batch(model)
+    model = load_model(options.checkpoint, options.random, options.device)
     dtype = torch.bfloat16 if options.bf16 else None
+    print(
+        f"phase 1, {options.checkpoint}{' (random)' if options.random else ''}, "
+        f"{'bfloat16' if options.bf16 else 'full precision'}, {options.side} px, "
+        f"{torch.get_num_threads()} threads, best of {options.repeats} runs"
+    )
+    if options.batches:
+        return by_batch(model, options, dtype)
+    plain = as_built(model, options.checkpoint)
     rows, memory = [], None
     for i in range(options.images):
-        grade = phantom.GRADES["colon"][i % 4]
-        image = phantom.render(i, seed=42, grade=grade, size=(options.side,) * 2).image
-        seen = views(image, options, i)
-        fast(model, *seen[0], dtype)  # warm up
-        memory = memory or peak_memory(model.device)  # before the literal form has run
-        parts = [_row(model, plain, *view, options.literal, batch, dtype) for view in seen]
+        seen = views(tissue(i, options.side), options, i)
+        fast(model, seen[0][0], seen[0][1][:2], dtype)  # warm up
+        parts = []
+        for image, points in seen:
+            row, proposals = _fast_row(model, image, points, dtype, options.repeats)
+            memory = memory or peak_memory(model.device)  # before the literal form has run
+            row |= _literal_row(plain, image, points, options.literal, row.pop("index"), proposals)
+            parts.append(row)
         rows.append(_together(parts))
-    _print(rows, options, batch, memory)
+    _print(rows, sam.default_batch(model), memory)
     return rows
 
 
-def _row(model, plain, image, points, n_literal, batch, dtype) -> dict:
-    """Times and agreement of one view."""
+def _fast_row(model, image, points, dtype, repeats: int) -> tuple[dict, sam.Proposals]:
+    """Times and agreement of one view but for the literal form, and its proposals."""
     n, k, _ = points.shape
-
-    def rounds():
-        embedding = sam.embed(model, image, dtype=dtype)
-        proposals, asked = anchors.ask_in_rounds(model, embedding, points, how={"dtype": dtype})
-        return anchors.choose_anchors(proposals, n), asked
-
-    quick, (index, proposals) = clock(lambda: fast(model, image, points, dtype))
-    early, (stopped, asked) = clock(rounds)
-    slow, same = _literal(plain, image, points, n_literal, index, proposals)
+    choices = anchors.prompt.__kwdefaults__["mask_choice"]
+    times, found = clock_in_turn(
+        {
+            "prompting_s": lambda: ask(model, image, points, dtype),
+            "bare_s": lambda: bare(model, image, n * k, dtype),
+            "early_s": lambda: early(model, image, points, dtype),
+            "several_s": lambda: fast(model, image, points, dtype, choices),
+            "several_bare_s": lambda: bare(model, image, n * k, dtype, outputs="three"),
+        },
+        repeats=repeats,
+    )
+    proposals, (stopped, asked) = found["prompting_s"], found["early_s"]
+    clustering, index = clock(lambda: anchors.choose_anchors(proposals, n), repeats=repeats)
     masks = proposals.masks()
     kept = [_iou(masks[a], masks[b]) for a, b in zip(index, stopped, strict=True) if a >= 0]
-    needed = bare(model, image, n * k, batch, dtype)
-    choices = anchors.prompt.__kwdefaults__["mask_choice"]
-    several, _ = clock(lambda: fast(model, image, points, dtype, choices))
-    of_several = bare(model, image, n * k, batch, dtype, outputs="three")
-    return {
+    row = times | {
         "prompts": n * k,
-        "literal_s": slow,
-        "fast_s": quick,
-        "early_s": early,
-        "bare_s": needed,
-        "same": same,
+        "fast_s": times["prompting_s"] + clustering,
         "asked": float(asked.mean()),
         "early_iou": float(np.mean(kept)) if kept else float("nan"),
-        "several_s": several,
-        "several_bare_s": of_several,
+        "index": index,
     }
+    return row, proposals
+
+
+def _literal_row(model, image, points, n_literal, index, proposals) -> dict:
+    """Times of the literal form, and the share of its anchors that the fast path gives too."""
+    n, k, _ = points.shape
+    first = n if n_literal is None else min(n, -(-n_literal // k))
+    prompting, whole, reference, masks = literal(model, image, points, first)
+    same = [
+        a == b or (a >= 0 and b >= 0 and _iou(proposals.full(a), masks[b]) >= 0.95)
+        for a, b in zip(index[:first], reference, strict=True)
+    ]
+    return {"literal_prompting_s": prompting, "literal_s": whole, "same": float(np.mean(same))}
 
 
 def _together(parts: list[dict]) -> dict:
     """One row of all views of an image: sums of prompts and times, means over the prompts."""
     table = pd.DataFrame(parts)
-    sums = ["prompts", "literal_s", "fast_s", "early_s", "bare_s", "several_s", "several_bare_s"]
-    row = table[sums].sum().to_dict()
-    return row | {
+    row = table[["prompts", *TIMES]].sum().to_dict()
+    row |= {
+        "ratio_prompting": row["literal_prompting_s"] / row["prompting_s"],
         "ratio": row["literal_s"] / row["fast_s"],
         "ratio_early": row["literal_s"] / row["early_s"],
         "over_bare": row["fast_s"] / row["bare_s"],
         "several_over_bare": row["several_s"] / row["several_bare_s"],
-        **{
-            key: float(
-                np.average(table[key].dropna(), weights=table["prompts"][table[key].notna()])
-            )
-            if table[key].notna().any()
-            else float("nan")
-            for key in ("same", "asked", "early_iou")
-        },
     }
-
-
-def _literal(model, image, points, n_literal, index, proposals):
-    """Seconds of the literal form, and the share of its anchors that the fast path gives too."""
-    if n_literal is None:
-        slow, (reference, masks) = clock(
-            lambda: literal_anchors(model, image, points, distance_threshold=0.1)
-        )
-        same = [
-            a == b or (a >= 0 and b >= 0 and _iou(proposals.full(a), masks[b]) >= 0.95)
-            for a, b in zip(index, reference, strict=True)
-        ]
-        return slow, float(np.mean(same))
-    predictor, flat = SamPredictor(model), points.reshape(-1, 2)
-    encoder, _ = clock(lambda: predictor.set_image(image))
-    prompts, _ = clock(lambda: literal_answers(predictor, flat[:n_literal]))
-    return encoder + prompts * len(flat) / min(n_literal, len(flat)), float("nan")
+    for key in ("same", "asked", "early_iou"):
+        known = table[table[key].notna()]
+        row[key] = np.average(known[key], weights=known["prompts"]) if len(known) else float("nan")
+    return row
 
 
 def _iou(a, b):
     return (a & b).sum() / max(1, (a | b).sum())
 
 
-def _print(rows, options, batch, memory) -> None:
+def _print(rows: list[dict], batch: int, memory: float) -> None:
+    table = pd.DataFrame(rows)[["prompts", *TIMES, *FIGURES]].rename(columns=TIMES | FIGURES).T
+    table.columns = [f"image {i}" for i in table.columns]
+    print(table.to_string(float_format="{:.2f}".format))
+    mean = pd.DataFrame(rows).mean()
     print(
-        f"phase 1, {options.checkpoint}{' (random)' if options.random else ''}, "
-        f"{'bfloat16' if options.bf16 else 'full precision'}, "
-        f"{options.side} px, {torch.get_num_threads()} threads, batches of {batch}"
+        f"literal / fast: encoder and prompts {mean['ratio_prompting']:.1f}, "
+        f"with clustering {mean['ratio']:.1f}, stopping early {mean['ratio_early']:.1f}; "
+        f"fast / bare passes: {mean['over_bare']:.2f}, "
+        f"several masks {mean['several_over_bare']:.2f}; "
+        f"batches of at most {batch}; peak memory of the fast form {memory:.2f} GB"
     )
-    print("  ".join(f"{key:>12}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:12.2f}" for value in row.values()))
-    print(
-        f"literal / fast: {np.mean([r['ratio'] for r in rows]):.1f}, "
-        f"stopping early {np.mean([r['ratio_early'] for r in rows]):.1f}; "
-        f"fast / bare passes: {np.mean([r['over_bare'] for r in rows]):.2f}, "
-        f"several masks {np.mean([r['several_over_bare'] for r in rows]):.2f}; "
-        f"peak memory of the fast form {memory:.2f} GB"
-    )
+
+
+def by_batch(model, options, dtype: torch.dtype | None) -> pd.DataFrame:
+    """Print milliseconds a prompt by the largest batch of the decoder."""
+    image, rng = tissue(0, options.side), np.random.default_rng(0)
+    embedding, threads = sam.embed(model, image, dtype=dtype), at_once(model.device)
+    points = {}
+    for batch in options.batches:  # at least 128, and full batches only
+        n = batch * threads * -(-128 // (batch * threads))
+        points[batch] = rng.integers(0, options.side, (n, 2))
+
+    def propose(batch: int):
+        sam.propose(model, embedding, points[batch], points_per_batch=batch, dtype=dtype)
+
+    propose(options.batches[0])  # warm up
+    times, _ = clock_in_turn({b: partial(propose, b) for b in points}, repeats=options.repeats)
+    rows = [
+        {"batch": b, "at once": threads, "prompts": len(xy), "ms/prompt": 1000 * times[b] / len(xy)}
+        for b, xy in points.items()
+    ]
+    table = pd.DataFrame(rows).set_index("batch")
+    print(table.to_string(float_format="{:.2f}".format))
+    print(f"default batch {sam.default_batch(model)}")
+    return table
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,7 @@ from helpers import features, phantom, quality, replacement
 from helpers.diffusion import inpaint, network_calls, spawn, timesteps
 from helpers.latent import LatentDiffusion, latent_known, load_latent_diffusion, to_tensor, to_uint8
 from helpers.statistics import jackknife
-from tests.benchmarks.measure import peak_memory
+from tests.benchmarks.measure import alone, peak_memory
 
 #: Settings that are timed: name, options of :func:`inpaint`, options of the loader.
 ROWS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
@@ -148,10 +146,9 @@ def times(o: argparse.Namespace) -> None:
     rows = [row for row in rows if not o.only or row[0] in o.only or row is rows[0]]
     print(f"{o.images} images of {o.size} px, {o.threads} threads, {o.device}, {o.clock} time\n")
     print(f"{'':24s} {'steps':>6s} {'calls':>9s} {'s/image':>9s} {'faster':>8s} {'peak GB':>8s}")
-    base, context = None, multiprocessing.get_context("spawn")
+    base = None
     for row in rows:
-        with ProcessPoolExecutor(1, mp_context=context) as executor:
-            name, steps, calls, seconds, memory = executor.submit(timed, row, o).result()
+        name, steps, calls, seconds, memory = alone(timed, row, o)
         base = base or seconds
         print(
             f"{name:24s} {steps:6d} {calls:>9s} {seconds:9.2f} {base / seconds:7.1f}x "
@@ -265,7 +262,7 @@ def paper(o: argparse.Namespace) -> None:
               f"peak {peak_memory(o.device):.1f} GB")  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4)
@@ -289,7 +286,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     parser.add_argument("--full", action="store_true", help="print the quality table instead")
     parser.add_argument("--paper", action="store_true", help="time networks of the paper's size")
-    o = parser.parse_args()
+    o = parser.parse_args(argv)
     (paper if o.paper else quality_table if o.full else times)(o)
 
 

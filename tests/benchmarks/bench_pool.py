@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--components", type=int, default=128)
-    o, _ = parser.parse_known_args(argv)
+    o = parser.parse_args(argv)
     times = {n: of_size(n, o.features, o.components) for n in o.sizes}
     small = o.sizes[0]
     print(f"processor seconds, {o.features} features, {o.components} components; in brackets the")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import re
 import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +31,55 @@ def clock(
     return best, result
 
 
+def clock_in_turn(
+    works: Mapping[Any, Callable[[], Any]], *, repeats: int = 1
+) -> tuple[dict[Any, float], dict[Any, Any]]:
+    """Best time of each of several works, and its last result, from `repeats` rounds of all.
+
+    What disturbs the machine for a while then disturbs all of them, and their ratios less.
+    """
+    times, results = dict.fromkeys(works, float("inf")), {}
+    for _ in range(repeats):
+        for name, work in works.items():
+            seconds, results[name] = clock(work)
+            times[name] = min(times[name], seconds)
+    return times, results
+
+
+def alone(work: Callable[..., Any], *args: Any) -> Any:
+    """Result of `work`, from a process of its own: its peak memory is that of nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(work, *args).result()
+
+
 def peak_memory(device: str | torch.device) -> float:
     """Largest memory so far, GB: of the process, on a GPU what its tensors took there."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if (peak := _status("VmHWM")) is not None:
+        return peak  # Linux starts ru_maxrss at what the process that started this one had
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def resident_memory(device: str | torch.device) -> float:
+    """Memory in use now, GB, as for :func:`peak_memory`."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated() / 1e9
+    now = _status("VmRSS")
+    return peak_memory(device) if now is None else now
+
+
+def hand_back() -> None:
+    """Hand freed blocks back to the system, which glibc keeps otherwise."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> float | None:
+    """A field of what Linux says of this process, GB; None elsewhere."""
+    with suppress(OSError):
+        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 / 1e9 if found else None
+    return None
