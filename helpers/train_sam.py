@@ -180,8 +180,13 @@ class Trainee(nn.Module):
     def _precision(self, x: torch.Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def losses(self, batch: dict, rng: np.random.Generator, *, correct: float) -> dict:
-        """Compute the losses of a batch from :func:`make_batch`."""
+    def losses(
+        self, batch: dict, rng: np.random.Generator, *, correct: float, corrections: int = 1
+    ) -> dict:
+        """Compute the losses of a batch from :func:`make_batch`.
+
+        With the probability `correct` there are as many `corrections`, see :meth:`_corrected`.
+        """
         points, valid = batch["points"][:, :, None], batch["valid"].flatten(0, 1)
         with self._precision(points):
             features = self.sam.image_encoder(batch["pixels"])
@@ -212,33 +217,42 @@ class Trainee(nn.Module):
             .detach(),
         }
         if rng.random() < correct:
-            out["mask"] = out["mask"] + 0.5 * self._corrected(batch, features, logits, truth, rng)
+            again = self._corrected(batch, features, logits, truth, rng, corrections)
+            out["mask"] = out["mask"] + 0.5 * again
         out["loss"] = out["mask"] + out["iou_head"] + 0.3 * aux
         return out
 
-    def _corrected(self, batch, features, logits, truth, rng):
-        """One corrective click: a second point in the error, with the former mask as input."""
+    def _corrected(self, batch, features, logits, truth, rng, corrections):
+        """Corrective clicks: each a point in the error of the former mask, which goes in again.
+
+        Returns the mean loss of the answers to them.
+        """
         b, p = batch["points"].shape[:2]
         m = min(4, p)
-        chosen = batch["chosen"]
+        chosen = batch["chosen"][:, :m]
+        target = (batch["targets"][:, :m] * chosen[..., None, None]).sum(2) / 4
+        ok = batch["valid"][:, :m].any(-1).float()
         logits, truth = logits.unflatten(0, (b, p))[:, :m], truth.unflatten(0, (b, p))[:, :m]
-        score = (truth[:, :, 1:] * chosen[:, :m, None]).sum(-1)  # (B, m, 3)
-        take = score.argmax(-1)[..., None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
-        former = logits[:, :, 1:].gather(2, take)[:, :, 0].detach()
-        target = (batch["targets"][:, :m] * chosen[:, :m, :, None, None]).sum(2) / 4
-        wrong = _error_clicks(former.cpu().numpy() > 0, target.cpu().numpy() > 0.5, rng)
-        second, label = (torch.from_numpy(x).to(former.device) for x in wrong)
-        scale = self.sam.image_encoder.img_size / former.shape[-1]
-        second = (second + 0.5) * scale - 0.5
-        points = torch.stack([batch["points"][:, :m], second], 2)
-        labels = torch.stack([torch.ones_like(label), label], 2)
-        with self._precision(points):
-            again, iou = decode(self.sam, features, points, labels, former)
-        again, iou = again.float().flatten(0, 1), iou.float().flatten(0, 1)
-        loss, fit = pair_losses(again, target.flatten(0, 1)[:, None])
-        ok = batch["valid"][:, :m].any(-1).flatten().float()
-        each = loss[:, 0, 0] + loss[:, 1:, 0].amin(1) + ((iou - fit[..., 0]) ** 2).mean(1)
-        return (each * ok).sum() / ok.sum().clamp(min=1)
+        fit = (truth * chosen[:, :, None]).sum(-1)  # (B, m, 4)
+        points = batch["points"][:, :m, None]
+        labels, losses = torch.ones_like(points[..., 0]), []
+        for _ in range(corrections):
+            take = fit[:, :, 1:].argmax(-1)[..., None, None, None]
+            take = take.expand(-1, -1, 1, *logits.shape[-2:])
+            former = logits[:, :, 1:].gather(2, take)[:, :, 0].detach()
+            wrong = _error_clicks(former.cpu().numpy() > 0, target.cpu().numpy() > 0.5, rng)
+            point, label = (torch.from_numpy(x).to(former.device) for x in wrong)
+            scale = self.sam.image_encoder.img_size / former.shape[-1]
+            points = torch.cat([points, ((point + 0.5) * scale - 0.5)[:, :, None]], 2)
+            labels = torch.cat([labels, label[..., None]], 2)
+            with self._precision(points):
+                logits, iou = decode(self.sam, features, points, labels, former)
+            logits, iou = logits.float(), iou.float()
+            loss, fit = pair_losses(logits.flatten(0, 1), target.flatten(0, 1)[:, None])
+            loss, fit = (x[..., 0].unflatten(0, (b, m)) for x in (loss, fit))
+            each = loss[..., 0] + loss[..., 1:].amin(-1) + ((iou - fit) ** 2).mean(-1)
+            losses.append((each * ok).sum() / ok.sum().clamp(min=1))
+        return torch.stack(losses).mean()
 
 
 def _error_clicks(mask, target, rng):
@@ -356,6 +370,64 @@ def evaluate_zooms(
     return [_scores(iou[:, :k], score[:, :k]) for k in range(1, len(zooms) + 1)]
 
 
+@torch.no_grad()
+def evaluate_corrections(
+    sam: Sam,
+    images: Iterable[np.ndarray],
+    instances: Iterable[np.ndarray],
+    *,
+    rng: np.random.Generator,
+    n_clicks: int = 4,
+) -> list[dict[str, float]]:
+    """Measure what clicks in what is still wrong add to a first one inside each instance.
+
+    The mask of the highest predicted IoU is corrected: a random pixel of its error is the next
+    click, inside or outside as the truth says, and the mask goes along as a prompt.
+
+    Parameters
+    ----------
+    sam : Sam
+    images : iterable of (H, W, 3) uint8 ndarray
+    instances : iterable of (H, W) int ndarray
+        Instance maps; instances below 0.25 % of the image are left out.
+    rng : numpy.random.Generator
+        Draws the clicks.
+    n_clicks : int
+        Clicks in all.
+
+    Returns
+    -------
+    list of dict
+        After one click, after two, and so on: ``oracle_iou`` (best of the three masks),
+        ``picked_iou`` and ``recall_50`` of the one that is corrected; ``n``.
+    """
+    predictor, found = SamPredictor(sam), []
+    for image, labels in zip(images, instances, strict=True):
+        predictor.set_image(image)
+        ids, areas = np.unique(labels[labels > 0], return_counts=True)
+        for i in ids[areas >= AREA_RANGE[0] * labels.size]:
+            found.append(_corrected_answers(predictor, labels == i, rng, n_clicks))
+    iou, score = np.array(found).reshape(-1, 2, n_clicks, 3).swapaxes(0, 1)
+    of_each = [_scores(iou[:, k, None], score[:, k, None]) for k in range(n_clicks)]
+    return [{k: v for k, v in scores.items() if k != "three_iou"} for scores in of_each]
+
+
+def _corrected_answers(predictor, truth, rng, n_clicks) -> tuple[list, list]:
+    """IoU with the truth and predicted IoU of the masks after each click, (n_clicks, 3) both."""
+    points, signs, former = [], [], None
+    wrong, iou, score = truth, [], []
+    for _ in range(n_clicks):
+        if wrong.any():  # nothing to correct: the same again
+            y, x = np.argwhere(wrong)[int(rng.integers(wrong.sum()))]
+            points.append((x, y))
+            signs.append(int(truth[y, x]))
+        masks, predicted, low = predictor.predict(np.array(points), np.array(signs), None, former)
+        iou.append((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)))
+        score.append(predicted)
+        former, wrong = low[predicted.argmax()][None], masks[predicted.argmax()] != truth
+    return iou, score
+
+
 def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
     """Means over the clicks, of the best of their masks and of those of the highest scores."""
     iou, score = (x.reshape(len(x), x.shape[1] * x.shape[2]) for x in (iou, score))
@@ -401,6 +473,9 @@ def measure_files(paths: Sequence[str | Path], *, n: int = 24) -> None:
             f"{s['oracle_iou']:.3f} {s['three_iou']:.3f} {s['picked_iou']:.3f}" for s in found
         )
         print(f"{Path(path).stem:16s} {found[0]['n']} glands:  {scores}", flush=True)
+        found = evaluate_corrections(load_sam(path), *test, rng=np.random.default_rng(0))
+        scores = "  ".join(f"{s['oracle_iou']:.3f} {s['picked_iou']:.3f}" for s in found)
+        print(f"{'':16s} after 1 to {len(found)} clicks, best and preferred:  {scores}", flush=True)
 
 
 # --------------------------------------------------------------------------- training
@@ -411,8 +486,9 @@ class Recipe(training.Recipe):
     """Settings of a training run; the defaults are a starting point.
 
     ``start`` is a file of weights to go on from; without it the encoder starts from ImageNet, or,
-    with ``pretrained=False``, at random. ``bf16`` pays on a GPU, and on a CPU only where it has
-    instructions for it: without them it is many times slower than full precision.
+    with ``pretrained=False``, at random. In a share ``correct`` of the steps some prompts get so
+    many ``corrections``, clicks where the last mask is wrong. ``bf16`` pays on a GPU, and on a CPU
+    only where it has instructions for it: without them it is many times slower than full precision.
     """
 
     steps: int = 3000
@@ -429,6 +505,7 @@ class Recipe(training.Recipe):
     warmup: int = 100
     decay_from: float = 0.6
     correct: float = 0.3
+    corrections: int = 3
     pretrained: bool = True
     start: str | None = None
 
@@ -556,7 +633,8 @@ class Trainer(training.Trainer):
     def loss(self) -> dict[str, torch.Tensor]:
         """Losses of a batch of crops with clicks."""
         rng = np.random.default_rng([self.recipe.seed, 2, self.step])
-        return self.model.losses(self._batch(), rng, correct=self.recipe.correct)
+        r = self.recipe
+        return self.model.losses(self._batch(), rng, correct=r.correct, corrections=r.corrections)
 
     def averaged(self):
         """The model with averaged weights."""

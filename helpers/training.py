@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from helpers.config import torch_device
 from helpers.files import read_json, replacing, sha256
@@ -31,7 +32,7 @@ from helpers.weights import read_weights, write_weights
 _SETTINGS = "scenes.json"
 
 #: Settings that count something of which there has to be one at least, where a recipe has them.
-_COUNTS = ("steps", "batch", "views", "scenes", "images", "prompts", "crop")
+_COUNTS = ("steps", "batch", "views", "scenes", "images", "prompts", "crop", "corrections")
 
 #: Seconds of training after which a checkpoint is written, whatever the number of steps.
 _SAVE_AFTER = 300.0
@@ -271,6 +272,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
     return int(text)
+
+
+def say(line: str) -> None:
+    """Print a line at once; a progress bar makes room for it."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def command(main: Callable[[], None]) -> int:
@@ -518,7 +525,7 @@ class Trainer:
         every: int = 100,
         score_every: int = 1000,
         progress: bool = False,
-        log: Callable[[str], None] | None = print,
+        log: Callable[[str], None] | None = say,
     ) -> Any:
         """Train to the end of the recipe, from `checkpoint` where it exists.
 
@@ -531,7 +538,7 @@ class Trainer:
         every, score_every : int
             Steps between entries of the curve, and between scores on held-out images.
         progress : bool
-            Show a progress bar.
+            Show a progress bar, on standard error.
         log : callable, optional
             Receives one line of JSON an entry.
 
@@ -540,8 +547,6 @@ class Trainer:
         Trainer
             This one.
         """
-        from tqdm import tqdm
-
         if checkpoint is not None and Path(checkpoint).exists():
             self.resume(Path(checkpoint))
             if self.progress() >= 1:

@@ -437,7 +437,12 @@ def test_without_a_size_the_batch_is_that_of_the_device(device, side, batch):
 def test_the_batch_of_the_device_is_what_is_decoded_at_once(random_sam, picture, monkeypatch):
     sizes, original = [], sam.decode
     monkeypatch.setattr(sam, "default_batch", lambda model: 3)
-    monkeypatch.setattr(sam, "decode", lambda *a, **k: sizes.append(a[2].shape[1]) or original(*a, **k))
+
+    def counted(model, features, points, *rest, **options):
+        sizes.append(points.shape[1])
+        return original(model, features, points, *rest, **options)
+
+    monkeypatch.setattr(sam, "decode", counted)
     points = np.random.default_rng(2).integers(0, 70, (11, 2))
     propose(random_sam, embed(random_sam, picture), points, points_per_batch=None)
     assert sum(sizes) == 11 and max(sizes) <= 3

@@ -186,7 +186,7 @@ def answers(monkeypatch):
     }  # fmt: skip
     given = [
         (torch.randn(b, p, 4, h, h, generator=g), torch.rand(b, p, 4, generator=g))
-        for _ in range(2)
+        for _ in range(4)
     ]
     encoder = torch.nn.Conv2d(3, 8, 8, stride=8)
     encoder.img_size = 16
@@ -251,6 +251,68 @@ def test_a_second_click_comes_with_the_former_mask_and_is_learnt(answers):
     asked.clear()
     alone = trainee.losses(batch, np.random.default_rng(0), correct=0.0)["mask"]
     torch.testing.assert_close(out["mask"], alone + 0.5 * torch.stack(rows).mean())
+
+
+def test_further_clicks_correct_the_mask_after_the_last(answers):
+    trainee, batch, given, asked = answers
+    out = trainee.losses(batch, np.random.default_rng(0), correct=1.0, corrections=3)
+    assert [question[0].shape[2] for question in asked] == [1, 2, 3, 4]
+    means = []
+    for k in (1, 2, 3):
+        (points, labels, former), (logits, iou), rows = asked[k], given[k], []
+        assert torch.equal(points[:, :, :k], asked[k - 1][0]) and former.shape[1] == 3
+        assert torch.equal(labels[:, :, :k], asked[k - 1][1])
+        for i, j in np.argwhere(batch["valid"].any(-1).numpy()):
+            target = batch["targets"][i, j, int(batch["chosen"][i, j].argmax())][None, None] / 4
+            best = pair_losses(given[k - 1][0][i, j][None], target)[1][0, 1:, 0].argmax()
+            assert torch.equal(former[i, j], given[k - 1][0][i, j, 1 + int(best)])
+            x, y = ((points[i, j, k] + 0.5) / 2 - 0.5).int().tolist()
+            assert labels[i, j, k] == bool(target[0, 0, y, x] > 0.5) != bool(former[i, j, y, x] > 0)
+            loss, fit = (x[0, :, 0] for x in pair_losses(logits[i, j][None], target))
+            rows.append(loss[0] + loss[1:].min() + ((iou[i, j] - fit) ** 2).mean())
+        means.append(torch.stack(rows).mean())
+    asked.clear()
+    alone = trainee.losses(batch, np.random.default_rng(0), correct=0.0)["mask"]
+    torch.testing.assert_close(out["mask"], alone + 0.5 * torch.stack(means).mean())
+
+
+class Stepwise:
+    """A predictor whose mask is right but for one row more or less after each click."""
+
+    def set_image(self, image):
+        self.asked = []
+        self.truth = image[..., 0] > 0
+
+    def predict(self, points, labels, box, former):
+        self.asked.append((points.copy(), labels.copy(), former))
+        masks = np.stack([np.roll(self.truth, 3 - len(points), 0)] * 3)
+        masks[1:] = False
+        low = np.full((3, 4, 4), len(points), np.float32)
+        return masks, np.array([0.9, 0.2, 0.1]), low
+
+
+def test_corrections_are_clicks_in_what_is_wrong(monkeypatch):
+    predictor = Stepwise()
+    monkeypatch.setattr(train_sam, "SamPredictor", lambda sam: predictor)
+    labels = np.zeros((20, 30), int)
+    labels[4:12, 5:15] = 3
+    labels[0, 0] = 9  # too small to count
+    image = np.repeat((labels[..., None] == 3).astype(np.uint8), 3, 2)
+    rng = np.random.default_rng(0)
+    found = train_sam.evaluate_corrections(None, [image], [labels], rng=rng, n_clicks=5)
+    ious = [6 / 10, 7 / 9, 1, 1, 1]  # two rows off, one, none: and nothing more to click on
+    assert [s["picked_iou"] for s in found] == pytest.approx(ious)
+    assert [s["oracle_iou"] for s in found] == pytest.approx(ious)
+    assert [s["n"] for s in found] == [1] * 5 and set(found[0]) == {
+        "oracle_iou", "picked_iou", "recall_50", "n",
+    }  # fmt: skip
+    asked = predictor.asked
+    assert [len(points) for points, _, _ in asked] == [1, 2, 3, 3, 3]
+    assert asked[0][2] is None and [int(a[2].max()) for a in asked[1:]] == [1, 2, 3, 3]
+    truth = labels == 3
+    for (points, signs, _), shift in zip(asked[1:3], (2, 1), strict=True):
+        x, y = points[-1]
+        assert signs[-1] == truth[y, x] != np.roll(truth, shift, 0)[y, x]
 
 
 def test_workers_change_no_batch(folder):
@@ -481,7 +543,8 @@ def test_weights_are_measured_by_name_and_by_path(folder, tmp_path, monkeypatch,
     export(Trainer(RECIPE, Scenes(folder / "scenes")), file)
     main(["--measure", "small", str(file)])
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["small", "mine"]
+    assert [line.split()[0] for line in lines] == ["small", "after", "mine", "after"]
+    assert len(lines[1].split(":")[1].split()) == 2 * 4
     best, of_three, preferred = map(float, lines[0].split(":")[1].split()[:3])
     assert 0 < preferred <= of_three == best <= 1
 
