@@ -8,8 +8,9 @@ import sys
 
 import nbformat
 import pytest
+from PIL import Image
 
-from helpers import config, execute, runs
+from helpers import config, execute, latent_scenes, runs
 
 RUN = "smoke-phantom"
 
@@ -211,6 +212,20 @@ def test_one_chapter_by_hand_with_papermill(two_runs, tmp_path):
     manifest = json.loads((root / RUN / chapter / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["params"]["steps"] == 7
     assert out.exists()
+
+
+def test_the_toy_runs_of_a2_on_a_folder_of_ones_own(tmp_path):
+    for i in range(5):
+        picture = latent_scenes.scene(i, seed=7, size=128)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    root, chapter = tmp_path / "runs", "A2_training_latent_diffusion"
+    done = subprocess.run(
+        command("--only", "A2", "-p", "latent_images", str(tmp_path)),
+        cwd=runs.REPOSITORY, env=environment(root), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    toy = results(root / RUN, chapter)["toy"]
+    assert (toy["images"], toy["unseen"]) == (4, 1) and toy["held_out_loss"] > 0
 
 
 def test_a_mistyped_parameter_by_hand_is_refused_with_the_nearest(two_runs, tmp_path):
