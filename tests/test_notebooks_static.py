@@ -143,6 +143,18 @@ def test_the_first_cell_has_title_and_table(path):
 
 
 @each_notebook
+def test_every_chapter_has_the_same_parts_and_its_exercises_have_solutions(path):
+    parts = ["Objectives", "Prerequisites", "Where this fails", "Results",
+             "Deviations from the paper", "Exercises", "Takeaways", "Artefacts"]  # fmt: skip
+    headings = re.findall(r"^## (.*)$", prose(path), flags=re.M)
+    assert [heading for heading in headings if heading in parts] == parts
+    text = "\n\n".join(cell["source"] for cell in cells(path, "markdown"))
+    exercises = re.findall(r"^`{3,}\{exercise\}.*\n:label: (\S+)", text, flags=re.M)
+    solutions = re.findall(r"^`{3,}\{solution\} (\S+)", text, flags=re.M)
+    assert exercises == solutions and len(exercises) >= 2
+
+
+@each_notebook
 def test_every_figure_has_caption_name_and_alt_text(path):
     names = []
     for cell in cells(path, "code"):

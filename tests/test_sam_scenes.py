@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from helpers import sam_scenes
+from helpers import phantom, sam_scenes
 from helpers.sam_scenes import (
     LEVELS,
     Scenes,
@@ -104,6 +104,42 @@ def test_recolouring_changes_colours_not_shapes():
     assert np.mean(np.array(overlaps) > 0.9) > 0.9
     assert np.std(colours, axis=0).min() > 15
     np.testing.assert_array_equal(out, recolour(image, np.random.default_rng(39)))
+
+
+def test_recolouring_inverts_greys_and_blurs_now_and_then():
+    """Half dark, half light: which half is which, in what colours, and how wide the edge is."""
+    image = np.full((60, 80, 3), (130, 60, 140), np.uint8)
+    image[:, 40:] = (225, 190, 215)
+    found = []
+    for seed in range(400):
+        row = recolour(image, np.random.default_rng(seed)).astype(float).mean(0)
+        dark, light = row[10:30].mean(0), row[50:70].mean(0)
+        edge = np.abs(np.diff(row.mean(1)))[30:50].max() / np.abs(dark - light).mean()
+        found.append((dark.mean() > light.mean(), np.ptp(dark) < 2, edge < 0.65))
+    inverted, grey, blurred = np.mean(found, 0)
+    assert 0.02 < inverted < 0.09 and 0.03 < grey < 0.12 and 0.15 < blurred < 0.45
+
+
+def test_scenes_are_of_both_organs_all_grades_both_stains_and_several_magnifications(monkeypatch):
+    drawn = []
+
+    class Enough(Exception):
+        pass
+
+    def note(*_, **settings):
+        drawn.append(settings)
+        raise Enough
+
+    monkeypatch.setattr(sam_scenes.phantom, "render", note)
+    for seed in range(300):
+        with pytest.raises(Enough):
+            phantom_scene(np.random.default_rng(seed))
+    pairs = {(s["organ"], s["grade"]) for s in drawn}
+    assert pairs == {(o, g) for o, grades in phantom.GRADES.items() for g in grades}
+    assert 0.12 < np.mean([s["stain"] == "IHC" for s in drawn]) < 0.28
+    scale = [s["microns_per_pixel"] for s in drawn]
+    assert 0.4 <= min(scale) < 0.45 and 1.45 < max(scale) <= 1.6
+    assert 0.6 < np.mean([s["architecture"] is not None for s in drawn]) < 0.8
 
 
 def test_shards_are_not_made_twice(tmp_path):
