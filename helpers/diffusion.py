@@ -156,7 +156,8 @@ def inpaint(
         Source of the noise. Each image draws from its own generator, so that its result does not
         depend on its companions.
     batch : int, optional
-        Images at once; all by default. Halved, with a message, when the memory does not suffice.
+        Images at once; all by default. Halved, with a message, when the memory does not suffice;
+        further calls with this model start from there, see :class:`helpers.latent.LatentDiffusion`.
     progress : bool
         Show a progress bar.
     callback : callable, optional
@@ -186,7 +187,6 @@ def inpaint(
     out, areas = images.copy(), windows(unknown, context, model.multiple)
     todo = [i for i in range(N) if unknown[i].any()]
     seen = {i: images[i] if fill == "keep" else fill_unknown(images[i], unknown[i]) for i in todo}
-    size = batch or max(N, 1)
     for same in _same_size(todo, areas):
 
         def run(part: list[int]) -> None:
@@ -203,7 +203,7 @@ def inpaint(
                 out[i][areas[i]] = picture
                 out[i] = _set_in(seen[i], out[i], unknown[i], ramp)
 
-        size = _in_batches(run, same, size, generators)
+        _in_batches(run, same, batch or N, model, generators)
     return out
 
 
@@ -243,25 +243,30 @@ def _same_size(todo: list[int], areas: Sequence[tuple[slice, slice]]) -> list[li
 
 
 def _in_batches(
-    run: Callable[[list[int]], None], todo: list[int], size: int,
+    run: Callable[[list[int]], None], todo: list[int], size: int, model: LatentDiffusion,
     generators: Sequence[torch.Generator],
-) -> int:  # fmt: skip
-    """Run batch by batch, with half as many where memory does not suffice; return how many."""
+) -> None:  # fmt: skip
+    """Run batch by batch, with half as many, from now on, where memory does not suffice."""
     while todo:
-        part = todo[:size]
+        part = todo[: min(size, model.most_at_once or size)]
         states = [generators[i].get_state() for i in part]
         try:
             run(part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
+        except RuntimeError as error:
+            if len(part) == 1 or not _out_of_memory(error):
                 raise
-            size = len(part) // 2
-            print(f"not enough memory for {len(part)} images at once: going on with {size}")
+            model.most_at_once = half = len(part) // 2
+            print(f"not enough memory for {len(part)} images at once: going on with {half}")
             for i, state in zip(part, states, strict=True):
                 generators[i].set_state(state)
             continue
-        todo = todo[size:]
-    return size
+        todo = todo[len(part) :]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory did not suffice; torch has a class for that on a GPU, and a text on a CPU."""
+    told = any(text in str(error) for text in ("DefaultCPUAllocator", "can't allocate memory"))
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 def _check(images: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -147,6 +147,10 @@ class LatentDiffusion(nn.Module):
         Pixels along the side of a latent cell.
     multiple : int
         Image sides must be multiples of this.
+    most_at_once : int or None
+        Images that :func:`helpers.diffusion.inpaint` takes at once at most, whatever it is asked
+        for: it halves them where memory does not suffice, and the model keeps that for its next
+        calls. None, as at first, is no limit; set it to None again to try anew.
     """
 
     def __init__(
@@ -170,6 +174,7 @@ class LatentDiffusion(nn.Module):
         self.shift, self.scale = float(shift), float(scale)
         self.prediction, self.autocast = prediction, autocast
         self.schedule = dict(schedule or LATENT_SCHEDULE)
+        self.most_at_once: int | None = None
         self.channels = int(autoencoder.config.latent_channels)
         self.factor = image_patch * 2 ** (len(autoencoder.config.block_out_channels) - 1)
         deeper = 2 ** (len(unet.config.block_out_channels) - 1) if unet is not None else 1

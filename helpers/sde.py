@@ -155,6 +155,32 @@ class ReverseSDE:
         drift = drift - factor * _like(diffusion**2, x) * self.score(x, t)
         return drift, torch.zeros_like(diffusion) if self.probability_flow else diffusion
 
+    def discretize(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the chain back from i to i - 1: x_{i-1} = (x - f) + G noise.
+
+        The reverse diffusion sampler of Song et al. 2021 (Appendix E), as in score_sde: the forward
+        step with its f turned round and the score added. To first order in beta it is the ancestral
+        step, ``ddim_step`` of :mod:`helpers.samplers` with eta = 1 between neighbours.
+
+        Parameters
+        ----------
+        x : (N, ...) Tensor
+            At index i, where the time of the score is (i + 1) / N of the chain.
+        i : (N,) int Tensor
+            Index 0 to N - 1 in the chain.
+
+        Returns
+        -------
+        f : (N, ...) Tensor
+        G : (N,) Tensor
+            Zero in the probability flow.
+        """
+        f, G = self.forward.discretize(x, i)
+        t = ((i + 1) / self.N).to(x).expand(len(x))
+        factor = 0.5 if self.probability_flow else 1.0
+        f = f - factor * _like(G**2, x) * self.score(x, t)
+        return f, torch.zeros_like(G) if self.probability_flow else G
+
 
 def _like(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(N,) to (N, 1, ...), in the type of x."""

@@ -64,6 +64,7 @@ from helpers.training import (
     drawn_with,
     machine,
     positive,
+    say,
     with_digest,
     write_card,
 )
@@ -843,7 +844,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if o.average:
         average(o.average, path)
         return
-    say = lambda line: print(line, flush=True)  # noqa: E731
     kind = {"autoencoder": AutoencoderRecipe, "decoder": DecoderRecipe}.get(o.what, UNetRecipe)
     names = (
         "steps", "minutes", "scenes", "images", "held_out", "rate", "start", "bf16", "batch",
@@ -870,7 +870,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     o.work.mkdir(parents=True, exist_ok=True)
     scenes = Scenes(folder, n=None if o.images else recipe.scenes)
     if o.what == "unet":
-        trainer: Trainer = _unet_trainer(o, recipe, scenes, folder, say)
+        trainer: Trainer = _unet_trainer(o, recipe, scenes, folder)
     elif o.what == "decoder":
         if o.autoencoder.name != AUTOENCODER_WEIGHTS.name or not o.autoencoder.exists():
             raise ValueError(
@@ -886,7 +886,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = AutoencoderTrainer(
             recipe, scenes, test=_images_to_measure(o, 24), device=o.device
         )
-    trainer.run(checkpoint=o.work / f"{o.what}.pt", log=say, score_every=o.score_every)
+    trainer.run(
+        checkpoint=o.work / f"{o.what}.pt", score_every=o.score_every,
+        progress=sys.stderr.isatty(), log=say,
+    )  # fmt: skip
     words = ["python", "-m", "helpers.train_latent", *(argv or sys.argv[1:])]
     trainer.export(path, shlex.join(words))
 
@@ -909,9 +912,8 @@ def _images_to_measure(o: argparse.Namespace, n: int) -> np.ndarray:
 
 
 def _unet_trainer(
-    o: argparse.Namespace, recipe: UNetRecipe, scenes: Scenes, folder: Path,
-    say: Callable[[str], None],
-) -> UNetTrainer:  # fmt: skip
+    o: argparse.Namespace, recipe: UNetRecipe, scenes: Scenes, folder: Path
+) -> UNetTrainer:
     """Trainer of the noise network on the latents of the scenes, encoded once."""
     first_stage = load_autoencoder(o.autoencoder, autocast=torch.bfloat16 if recipe.bf16 else None)
     first_stage = first_stage.to(torch_device(o.device))

@@ -13,13 +13,16 @@ PAIRS = [(method, "ddim") for method in METHODS] + [("mmps", solver) for solver 
 
 
 @pytest.fixture(scope="module")
-def model():
+def networks():
     torch.manual_seed(0)
     autoencoder = build_autoencoder((8, 16), image_patch=2)
-    unet = build_unet((16, 16, 32), attention_head_dim=8, groups=8)
-    return LatentDiffusion(
-        autoencoder, unet, image_patch=2, latent_patch=2, prediction="v_prediction"
-    )
+    return autoencoder, build_unet((16, 16, 32), attention_head_dim=8, groups=8)
+
+
+@pytest.fixture
+def model(networks):
+    """A model of its own for every test: it remembers a lack of memory."""
+    return LatentDiffusion(*networks, image_patch=2, latent_patch=2, prediction="v_prediction")
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +221,65 @@ def test_little_memory_halves_the_batch(model, pair, monkeypatch, capsys):
     corner, whole = np.zeros_like(unknown), np.ones_like(unknown)
     corner[:, :4, :4] = True
     twice, both = np.concatenate([images, images]), np.concatenate([corner, whole])
+    model.most_at_once = None
     inpaint(model, twice, both, steps=2, generator=2, context=2)  # two sizes of windows
     assert capsys.readouterr().out.count("not enough memory") == 1
     with pytest.raises(ValueError, match="batch=-1"):
         inpaint(model, images, unknown, batch=-1, generator=0)
 
 
-def test_too_little_memory_for_one_image_is_an_error(model, pair, monkeypatch):
-    def never(*_):
-        raise torch.OutOfMemoryError("too much for one")
+def allocate_too_much(device):
+    """Fail as torch does on a GPU, which is pretended, or on this CPU, which is not."""
+    if device == "cuda":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    torch.empty(10**15)
 
-    monkeypatch.setattr(diffusion, "_inpaint_batch", never)
-    with pytest.raises(torch.OutOfMemoryError, match="too much for one"):
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_half_the_images_are_tried_and_further_calls_start_there(
+    model, monkeypatch, capsys, device
+):
+    images, unknown, sizes = np.zeros((8, 32, 32, 3), np.uint8), np.ones((8, 32, 32), bool), []
+
+    def at_most(model, images, *_):
+        sizes.append(len(images))
+        if len(images) > most:
+            allocate_too_much(device)
+        return images
+
+    monkeypatch.setattr(diffusion, "_inpaint_batch", at_most)
+    most = 4
+    for _ in range(2):  # as synthesis does, batch by batch
+        inpaint(model, images, unknown, generator=0)
+    inpaint(model, images, unknown, generator=0, batch=3)
+    assert sizes == [8, 4, 4, 4, 4, 3, 3, 2]
+    assert "not enough memory for 8 images at once: going on with 4" in capsys.readouterr().out
+    most = 2
+    inpaint(model, images[:7], unknown[:7], generator=0)
+    assert sizes[8:] == [4, 2, 2, 2, 1]
+    model.most_at_once, most = None, 8
+    inpaint(model, images, unknown, generator=0)
+    assert sizes[13:] == [8]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_too_little_memory_for_one_image_is_an_error(model, pair, monkeypatch, device):
+    monkeypatch.setattr(diffusion, "_inpaint_batch", lambda *_: allocate_too_much(device))
+    with pytest.raises(RuntimeError, match=r"[Tt]ried to allocate"):
         inpaint(model, *pair, generator=0)
+
+
+def test_other_errors_do_not_make_batches_smaller(model, pair, monkeypatch):
+    sizes = []
+
+    def broken(model, images, *_):
+        sizes.append(len(images))
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr(diffusion, "_inpaint_batch", broken)
+    with pytest.raises(RuntimeError, match="must match"):
+        inpaint(model, *pair, generator=0)
+    assert sizes == [3] and model.most_at_once is None
 
 
 def test_a_batch_cut_short_by_memory_draws_its_noise_again(model, monkeypatch):

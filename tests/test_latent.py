@@ -165,6 +165,41 @@ def test_precision_follows_the_device(monkeypatch):
     assert default_autocast("cuda") is None
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_networks_run_in_the_precision_asked_for(small, autocast):
+    """Inside; what comes out is in full precision."""
+    model, seen = LatentDiffusion(*small, image_patch=2, latent_patch=2, autocast=autocast), []
+    first, unet = model.autoencoder, model.unet
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, out: seen.append(out.dtype))
+        for layer in (first.encoder.conv_in, first.decoder.conv_in, unet.conv_in, unet.conv_out)
+    ]
+    with torch.no_grad():
+        z = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
+        out = z, model.decode(z), model.eps(z, 5)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [autocast or torch.float32] * 4
+    assert {x.dtype for x in out} == {torch.float32}
+
+
+def test_tuning_compiles_the_noise_network(monkeypatch):
+    calls = []
+
+    def compiled(call, **_):
+        return lambda *args, **options: calls.append(call) or call(*args, **options)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.manual_seed(0)
+    unet = build_unet((16, 16, 32), attention_head_dim=8, groups=8)
+    model, z = LatentDiffusion(build_autoencoder((8, 16)), unet, image_patch=2, latent_patch=2), []
+    for compile in (False, True):
+        with torch.no_grad():
+            z.append(model.tune(compile=compile).eps(torch.ones(1, 4, 16, 16), 300))
+        assert len(calls) == int(compile)
+    assert torch.equal(*z)
+
+
 def test_weights_come_back_from_files(small, tmp_path):
     autoencoder, unet = small
     save_weights(tmp_path / "autoencoder.safetensors", "autoencoder", autoencoder.state_dict(),
@@ -509,6 +544,21 @@ def test_every_compvis_tensor_is_used_once(compvis):
             convert({k: v for k, v in state.items() if k != key})
         with pytest.raises(ValueError, match="fit nowhere"):
             convert({**state, "surplus.weight": torch.zeros(1)})
+
+
+def test_networks_of_lsun_beds_are_taken_at_their_real_size():
+    """Shapes alone, which need no memory."""
+    with torch.device("meta"):
+        unet = unet_from_compvis(
+            CompVisUNet(224, (1, 2, 3, 4), (False, True, True, True)).state_dict()
+        )
+        vq = vq_from_compvis(CompVisVQ((128, 256, 512), 2, 3, 8192).state_dict())
+        model = LatentDiffusion(vq, unet)
+    counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (unet, vq)]
+    assert counts == pytest.approx([274.06, 55.32], abs=0.005)
+    assert unet.config.down_block_types == ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert (model.channels, model.factor, model.multiple) == (3, 4, 32)
 
 
 @pytest.mark.parametrize(

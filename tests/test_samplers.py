@@ -312,15 +312,21 @@ def test_nonsense_is_refused_with_a_remedy(options, message):
 # --- the sampler, written out, and the mistakes of public implementations -------------------------
 
 
-def literal(eps, z_y, m, *, steps=6, alpha=0.0, generators, wrong=None, callback=None):
+def rows_of_noise(like, generators):
+    return torch.stack(
+        [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in generators]
+    )
+
+
+def literal(
+    eps, z_y, m, *, steps=6, alpha=0.0, norm="l2", generators, wrong=None, callback=None
+):  # fmt: skip
     """DESIGN step 14 line by line, DDIM with eta = 1; `wrong` makes one of the known mistakes."""
     a = [*A.tolist(), 1.0]
     m = m.expand_as(z_y).double()
 
     def noise():
-        return torch.stack(
-            [torch.randn(z_y.shape[1:], generator=g, dtype=z_y.dtype) for g in generators]
-        )
+        return rows_of_noise(z_y, generators)
 
     times = [*timesteps(steps), -1]
     z = noise()
@@ -330,8 +336,9 @@ def literal(eps, z_y, m, *, steps=6, alpha=0.0, generators, wrong=None, callback
         e = eps(z, t)
         z0 = (z - math.sqrt(1 - a[t]) * e) / math.sqrt(a[t])
         misfit = m * (z_y - z0)
-        norm = torch.linalg.norm(misfit) if wrong == "coupled" else misfit.norm(dim=-1).sum()
-        (g,) = torch.autograd.grad(norm, z)
+        sizes = misfit.norm(dim=-1) if norm == "l2" else (misfit**2).sum(-1)
+        size = torch.linalg.norm(misfit) if wrong == "coupled" else sizes.sum()
+        (g,) = torch.autograd.grad(size, z)
         if callback:
             callback(t, z.detach(), g)
         z, e, z0 = z.detach(), e.detach(), z0.detach()
@@ -410,14 +417,52 @@ def test_traps_are_avoided_and_the_check_catches_the_wrong_version(mistake):
         check(lambda *args, **options: literal(*args, wrong=mistake, **options))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_sampler_equals_the_literal_one(alpha):
+@pytest.mark.parametrize(("alpha", "norm"), [(0.0, "l2"), (0.3, "l2"), (0.02, "squared")])
+def test_sampler_equals_the_literal_one(alpha, norm):
     z_y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     m = torch.tensor([[1.0, 1, 0, 0]])
-    one, other = (
-        f(Linear(), z_y, m, steps=7, alpha=alpha, generators=spawn(1, 3)) for f in (ours, literal)
-    )
+    options = {"steps": 7, "alpha": alpha, "norm": norm}
+    one, other = (f(Linear(), z_y, m, **options, generators=spawn(1, 3)) for f in (ours, literal))
     torch.testing.assert_close(one, other)
+
+
+def test_repaint_is_that_of_its_paper():
+    """Lugmayr et al. 2022, algorithm 1, written out: each step three times, but for the last."""
+    z_y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m, a, generators = torch.tensor([[1.0, 1, 0, 0]]).double(), [*A.tolist(), 1.0], spawn(1, 3)
+    times = [*timesteps(5), -1]
+    z = rows_of_noise(z_y, generators)
+    z = (1 - m) * z + m * (math.sqrt(a[times[0]]) * z_y + math.sqrt(1 - a[times[0]]) * z)
+    for t, s in itertools.pairwise(times):
+        beta = 1 - a[t] / a[s]  # of the step from s to t
+        for u in range(3 if s >= 0 else 1):
+            if u:
+                z = math.sqrt(1 - beta) * z + math.sqrt(beta) * rows_of_noise(z, generators)
+            e = Linear()(z, t)
+            if s < 0:
+                z = (1 - m) * tweedie(z, e, a[t]) + m * z_y
+                break
+            mean = (z - beta / math.sqrt(1 - a[t]) * e) / math.sqrt(1 - beta)
+            variance = (1 - a[s]) / (1 - a[t]) * beta
+            z = mean + math.sqrt(variance) * rows_of_noise(z, generators)
+            known = math.sqrt(a[s]) * z_y + math.sqrt(1 - a[s]) * rows_of_noise(z, generators)
+            z = m * known + (1 - m) * z
+    mine = inpaint_latents(
+        Linear(), z_y, m, A, method="repaint", jump_length=1, n_resample=3, steps=5,
+        generators=spawn(1, 3),
+    )  # fmt: skip
+    torch.testing.assert_close(mine, z)
+
+
+@pytest.mark.parametrize(("method", "solver"), PAIRS)
+def test_the_level_of_the_known_part_is_right_everywhere(method, solver):
+    """After a jump back in time too."""
+
+    def sampler(eps, z_y, m, **options):
+        options["generators"] = torch.Generator().manual_seed(3)  # one for all is faster
+        return inpaint_latents(eps, z_y, m, A, method=method, solver=solver, **options)
+
+    known_level_is_right(sampler)
 
 
 @pytest.mark.parametrize(("method", "solver"), PAIRS)

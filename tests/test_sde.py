@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.latent import LATENT_SCHEDULE
+from helpers.samplers import ddim_step, tweedie
 from helpers.sde import VPSDE, dsm_loss, euler_maruyama
 from tests.priors import ALPHAS as A
 from tests.priors import gaussian
@@ -112,6 +113,53 @@ def test_euler_maruyama_is_its_recursion():
             expected = expected + (beta / 3) ** 0.5 * xi[k]
     found = euler_maruyama(reverse, x, 3, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(found, expected)
+
+
+def score_of(prior):
+    """Exact score by time: level i of the chain is at (i + 1) / N."""
+
+    def score(x, t):
+        assert t.shape == (len(x),)
+        return prior.score(x, float(A[round(float(t[0]) * SDE.N) - 1]))
+
+    return score
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_reverse_chain_brings_noise_back_to_the_prior(flow):
+    prior, generator = gaussian(2), torch.Generator().manual_seed(1)
+    reverse = SDE.reverse(score_of(prior), probability_flow=flow)
+    x = SDE.prior_sampling((8000, 2), generator=generator).double()
+    for i in reversed(range(SDE.N)):
+        f, G = reverse.discretize(x, torch.full((1,), i))
+        x = x - f
+        if i:
+            x = x + G * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    x = x.numpy()
+    assert np.abs(x.mean(0) - prior.mean.numpy()).max() < 0.05
+    assert np.abs(np.cov(x.T) - prior.cov.numpy()).max() < 0.05
+
+
+@pytest.mark.parametrize("i", [1, 30, 500, 999])
+def test_reverse_chain_takes_the_steps_of_the_samplers(i):
+    """(2 - sqrt(1 - beta)) x + beta score, to first order in beta the ancestral mean and spread."""
+    prior, beta, a = gaussian(3), float(SDE.discrete_betas[i]), A.tolist()
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    at = torch.full((5,), i)
+    f, G = SDE.reverse(score_of(prior)).discretize(x, at)
+    score = prior.score(x, a[i])
+    torch.testing.assert_close(x - f, (2 - math.sqrt(1 - beta)) * x + beta * score)
+    torch.testing.assert_close(G, torch.full((5,), math.sqrt(beta), dtype=torch.float64))
+    eps = prior.eps(x, i)
+    z0, zero = tweedie(x, eps, a[i]), torch.zeros_like(x)
+    mean = ddim_step(z0, eps, a[i], a[i - 1], eta=1.0, noise=zero)
+    assert (x - f - mean).abs().max() < beta**2 * (x.abs().max() + score.abs().max())
+    if i > 100:  # lower, ancestral steps know how near the end is
+        spread = ddim_step(z0, eps, a[i], a[i - 1], eta=1.0, noise=zero + 1) - mean
+        torch.testing.assert_close(spread, G[:, None].expand(5, 3), rtol=0.02, atol=0)
+    f, G = SDE.reverse(score_of(prior), probability_flow=True).discretize(x, at)
+    mean = ddim_step(z0, eps, a[i], a[i - 1])
+    assert not G.any() and (x - f - mean).abs().max() < beta * 0.1 * score.abs().max()
 
 
 def test_prior_logp_is_the_normal_density():

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from helpers import config, synthesis
 from helpers.draws import CompositeError
-from helpers.files import replacing
+from helpers.files import replacing, unfinished
 from helpers.replacement import Sampler
 from tests.test_replacement import toy_pool
 
@@ -196,6 +198,45 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, calls):
     assert all(path.stat().st_mtime_ns == t for path, t in times.items())  # not made twice
     _synthesise(tmp_path / "whole")
     assert _bytes(tmp_path / "killed") == _bytes(tmp_path / "whole")
+
+
+#: A process that stands still when half of the twelfth picture, a healed image, is on the disk.
+_STANDS_STILL = """
+import sys, time
+from PIL import Image
+from tests.test_synthesis import _synthesise
+
+saved, save = [], Image.Image.save
+
+def slow(picture, path, **options):
+    save(picture, path, **options)
+    saved.append(path)
+    if len(saved) == 12:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        print("now", flush=True)
+        time.sleep(60)
+
+Image.Image.save = slow
+_synthesise(sys.argv[1])
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_no_half_image(tmp_path, repository):
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", _STANDS_STILL, str(killed)]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "now\n"
+        finally:
+            process.kill()  # SIGKILL: nothing in the process can answer it
+    half = unfinished(killed)
+    pictures = set(killed.rglob("*.png")) - set(half)
+    assert all(map(synthesis._whole, pictures)) and len(pictures) == 11 and len(half) == 1
+    assert len(list(killed.rglob("*.json"))) == 3
+    half[0].unlink()
+    _synthesise(killed)
+    _synthesise(tmp_path / "whole")
+    assert _bytes(killed) == _bytes(tmp_path / "whole")
 
 
 def test_finished_images_are_not_healed_again_unless_the_recipe_changes(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -30,7 +31,7 @@ from helpers.train_latent import (
     pixel_losses,
     score_autoencoder,
 )
-from helpers.training import machine
+from helpers.training import machine, say
 
 AE = AutoencoderRecipe(steps=4, channels=(8, 16), crop=32, batch=2, warmup=2, bf16=False)
 DECODER = DecoderRecipe(steps=4, crop=32, batch=2, warmup=2)
@@ -266,6 +267,22 @@ def test_second_round_is_added_to_the_card_once(pair, images, tmp_path):
     assert card.startswith(before.split("| SHA-256")[0])
     assert card.count("## Second round") == card.count("train_latent decoder") == 1
     assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_networks_train_in_the_precision_of_the_recipe(pair, images, bf16):
+    scenes, seen = Scenes(images), []
+    mixed = {"bf16": bf16}
+    trainers = [
+        AutoencoderTrainer(replace(AE, **mixed), scenes),
+        UNetTrainer(replace(UNET, **mixed), pair, torch.zeros(2, 4, 16, 16)),
+        DecoderTrainer(replace(DECODER, smoothed=0.0, sampled=0.0, **mixed), pair, scenes),
+    ]
+    layers = trainers[0].model.decoder, trainers[1].model, pair.autoencoder.decoder
+    for trainer, layer in zip(trainers, layers, strict=True):
+        layer.conv_in.register_forward_hook(lambda layer, given, out: seen.append(out.dtype))
+        trainer.loss()
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 3
 
 
 def test_decoder_sees_a_share_of_latents_noised_and_denoised(pair, images):
@@ -505,6 +522,16 @@ def test_own_images_are_held_out_and_named_in_the_card(folders, images, tmp_path
     added = sharper.with_suffix(".md").read_text()
     assert added.startswith(text.split("| SHA-256")[0]) and "Second round" in added
     assert hashlib.sha256(sharper.read_bytes()).hexdigest() in added
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_command_line_shows_a_bar_in_a_terminal_only(folders, monkeypatch, terminal):
+    trainer = mock.Mock()
+    monkeypatch.setattr(train_latent, "AutoencoderTrainer", lambda *_, **__: trainer)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    main(["autoencoder", *folders])
+    given = trainer.run.call_args.kwargs
+    assert given["progress"] == terminal and given["log"] is say
 
 
 @pytest.mark.parametrize("inside", ["own", "own/part", "."])

@@ -1,5 +1,8 @@
 import argparse
+import io
 import json
+import re
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +23,7 @@ from helpers.training import (
     learning_rate,
     machine,
     positive,
+    say,
 )
 
 RECIPE = Recipe(steps=6, rate=0.1, warmup=2, ema=0.9)
@@ -133,6 +137,35 @@ def test_the_curve_holds_means_and_scores(tmp_path):
 def test_a_run_ends_by_time():
     trainer = Line(replace(RECIPE, steps=10**6, minutes=0.001)).run(log=None)
     assert 0 < trainer.step < 10**6 and trainer.progress() >= 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_precision_is_mixed_if_the_recipe_asks_for_it(bf16):
+    trainer = Line(replace(RECIPE, bf16=bf16))
+    with trainer.autocast():
+        out = trainer.model(torch.ones(1, 2))
+    assert out.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_a_bar_shows_the_steps_if_asked_for(capsys):
+    Line().run(log=None)
+    assert capsys.readouterr().err == ""
+    first = Line()
+    first.advance()
+    first.run(log=None, progress=True)
+    said = capsys.readouterr()
+    assert re.search(r"line: +17%.* 1/6 .*line: 100%.* 6/6 ", said.err) and said.out == ""
+
+
+def test_a_bar_makes_room_for_the_lines_of_the_log(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    trainer = Line().run(every=2, log=say, progress=True)
+    text = screen.getvalue()
+    for entry in trainer.curve:  # from the start of a line to its end
+        assert re.search(rf"[\r\n]{re.escape(json.dumps(entry))}\n", text)
+    assert len(trainer.curve) == 3
 
 
 def test_progress_is_that_of_steps_or_of_minutes():
