@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -660,7 +661,8 @@ def train(
     n_held_out: int = 24,
     device: str | torch.device = "cpu",
     workers: int = 0,
-    log=print,
+    progress: bool = False,
+    log: Callable[[str], None] | None = training.say,
 ) -> Trainer:
     """Train to the end of the recipe, resuming from ``folder/checkpoint.pt`` where there is one.
 
@@ -679,6 +681,10 @@ def train(
         "auto" takes a GPU where there is one.
     workers : int
         Processes that make batches ahead; they change the speed alone.
+    progress : bool
+        Show a progress bar.
+    log : callable, optional
+        Receives one line of JSON an entry of the curve.
 
     Returns
     -------
@@ -692,6 +698,7 @@ def train(
         export=partial(export, path=weights) if weights else None,
         every=every,
         score_every=checkpoint_every,
+        progress=progress,
         log=log,
     )
 
@@ -822,7 +829,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint_every=options.checkpoint_every,
         device=options.device,
         workers=options.workers,
-        log=lambda line: print(line, flush=True),
+        progress=sys.stderr.isatty(),
     )
     export(trainer, options.weights)
 

@@ -54,7 +54,7 @@ def test_phase_1_is_compared_with_its_literal_form(capsys):
     said = capsys.readouterr().out
     assert "phase 1, small, full precision, 64 px" in said
     assert "literal / fast: encoder and prompts" in said
-    assert row["same"] == 1 and row["prompts"] % 3 == 0
+    assert row["same"] == row["same_masks"] == 1 and row["prompts"] % 3 == 0
     assert row["literal_s"] > row["literal_prompting_s"] > 0
     assert row["fast_s"] > row["prompting_s"] > 0
 
@@ -66,7 +66,9 @@ def test_the_literal_form_may_stop_after_some_superpixels():
     proposals = bench_phase1.ask(model, image, points, None)
     *_, reference, masks = bench_phase1.literal(model, image, points, 2)
     assert list(index[:2]) == reference and masks.shape == (6, 64, 64)
-    row = bench_phase1._literal_row(model, image, points, 4, index, proposals)  # 4 of 3 are two
+    row = bench_phase1._literal_row(
+        model, image, points, 4, (index, proposals), measure.TIMERS["cpu"]
+    )  # 4 prompts: the first two superpixels, of 3 each
     assert row["same"] == 1
 
 

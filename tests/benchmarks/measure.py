@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import re
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+#: Timers by name: of the machine, and of this process alone, which other work does not lengthen.
+TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def clock(
@@ -32,18 +36,21 @@ def clock(
 
 
 def clock_in_turn(
-    works: Mapping[Any, Callable[[], Any]], *, repeats: int = 1
+    works: Mapping[Any, Callable[[], Any]],
+    *,
+    repeats: int = 1,
+    timer: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[Any, float], dict[Any, Any]]:
-    """Best time of each of several works, and its last result, from `repeats` rounds of all.
+    """Median time of each of several works, and its last result, from `repeats` rounds of all.
 
     What disturbs the machine for a while then disturbs all of them, and their ratios less.
     """
-    times, results = dict.fromkeys(works, float("inf")), {}
+    times, results = {name: [] for name in works}, {}
     for _ in range(repeats):
         for name, work in works.items():
-            seconds, results[name] = clock(work)
-            times[name] = min(times[name], seconds)
-    return times, results
+            seconds, results[name] = clock(work, timer=timer)
+            times[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}, results
 
 
 def alone(work: Callable[..., Any], *args: Any) -> Any:
