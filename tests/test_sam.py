@@ -230,12 +230,12 @@ def test_a_gpu_gives_the_masks_of_the_cpu(small, dtype):
 
 
 _MEMORY = """
-import resource, sys
 import numpy as np, torch
 from helpers import anchors, sam
+from tests.benchmarks.measure import peak_memory
 torch.set_num_threads(1)
 model = sam.load_sam("small") if sam.SMALL_WEIGHTS.exists() else sam.build_small_sam()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+peak = lambda: peak_memory("cpu") * 1e9 / 2**20
 before, seen = peak(), []
 rng = np.random.default_rng(0)
 for i in range(4):
@@ -246,13 +246,12 @@ print(seen[0] - before, seen[-1] - seen[1])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_is_small_and_flat(repository):
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY], cwd=repository, capture_output=True, text=True, check=True
     )
     first, growth = map(float, done.stdout.split())
-    assert first < 700, "MiB above the model for an image of 1024 x 1024"
+    assert 50 < first < 700, "MiB above the model for an image of 1024 x 1024"
     assert growth < 60, "MiB more after two further images"
 
 
