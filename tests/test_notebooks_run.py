@@ -122,6 +122,21 @@ def test_synthesis_makes_what_was_asked_for(first):
     assert {c: found["made_by_class"][c] for c in classes} == dict.fromkeys(classes, wanted)
 
 
+def test_every_synthetic_image_says_how_it_was_made(first):
+    folder, found = first / "06_synthesis", results(first, "06_synthesis")
+    lines = (folder / "provenance.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == found["n_images"]
+    assert len({record["synthetic_id"] for record in records}) == len(records)
+    for record in records:
+        made, name = record["made_by"], record["synthetic_id"]
+        assert made["seed"] == 0 and made["sampling"]["method"] == "mmps"
+        assert set(made["weights"]) == {"autoencoder.safetensors", "unet.safetensors"}
+        assert all(len(digest) == 64 for digest in made["weights"].values())
+        assert made["drawing"]["fit_min"] and len(record["sources"]) == len(record["replacements"])
+        assert all((folder / kind / f"{name}.png").exists() for kind in ("images", "pasted"))
+
+
 def test_toy_trainings_ran_their_steps(first):
     assert results(first, "A1_training_sam")["toy_steps"] == execute.preset("smoke")["sam_steps"]
     assert results(first, "A2_training_latent_diffusion")["toy"]["contrast_and_judge"]["psnr"] > 0
