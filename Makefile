@@ -58,7 +58,7 @@ run: $(STAMP) ## run the chapters only
 test: $(STAMP) ## run all tests
 	@$(PY) -m pytest -q $(ARGS)
 
-bench: $(STAMP) ## print the benchmark tables, about 12 minutes on 2 idle cores (ARGS=bench_phase1: one)
+bench: $(STAMP) ## print the benchmark tables, about 8 minutes on 2 idle cores (ARGS=bench_phase1: one)
 	@$(PY) -m tests.benchmarks $(ARGS)
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
