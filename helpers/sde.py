@@ -150,10 +150,7 @@ class ReverseSDE:
 
     def sde(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Drift and diffusion of the reverse SDE."""
-        drift, diffusion = self.forward.sde(x, t)
-        factor = 0.5 if self.probability_flow else 1.0
-        drift = drift - factor * _like(diffusion**2, x) * self.score(x, t)
-        return drift, torch.zeros_like(diffusion) if self.probability_flow else diffusion
+        return self._turned(*self.forward.sde(x, t), x, t)
 
     def discretize(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the chain back from i to i - 1: x_{i-1} = (x - f) + G noise.
@@ -175,11 +172,16 @@ class ReverseSDE:
         G : (N,) Tensor
             Zero in the probability flow.
         """
-        f, G = self.forward.discretize(x, i)
         t = ((i + 1) / self.N).to(x).expand(len(x))
+        return self._turned(*self.forward.discretize(x, i), x, t)
+
+    def _turned(
+        self, f: torch.Tensor, g: torch.Tensor, x: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drift and noise forward in time, made those back: with the score, or half of it alone."""
         factor = 0.5 if self.probability_flow else 1.0
-        f = f - factor * _like(G**2, x) * self.score(x, t)
-        return f, torch.zeros_like(G) if self.probability_flow else G
+        f = f - factor * _like(g**2, x) * self.score(x, t)
+        return f, torch.zeros_like(g) if self.probability_flow else g
 
 
 def _like(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

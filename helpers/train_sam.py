@@ -358,8 +358,7 @@ def evaluate_zooms(
     """
     iou, score = [np.zeros((0, len(zooms), 3))], [np.zeros((0, len(zooms), 3))]
     for image, labels in zip(images, instances, strict=True):
-        ids, areas = np.unique(labels[labels > 0], return_counts=True)
-        ids = np.repeat(ids[areas >= AREA_RANGE[0] * labels.size], clicks_each)
+        ids = np.repeat(_clicked(labels), clicks_each)
         if not len(ids):
             continue
         inside = [np.argwhere(labels == i) for i in ids]
@@ -405,12 +404,17 @@ def evaluate_corrections(
     predictor, found = SamPredictor(sam), []
     for image, labels in zip(images, instances, strict=True):
         predictor.set_image(image)
-        ids, areas = np.unique(labels[labels > 0], return_counts=True)
-        for i in ids[areas >= AREA_RANGE[0] * labels.size]:
+        for i in _clicked(labels):
             found.append(_corrected_answers(predictor, labels == i, rng, n_clicks))
     iou, score = np.array(found).reshape(-1, 2, n_clicks, 3).swapaxes(0, 1)
     of_each = [_scores(iou[:, k, None], score[:, k, None]) for k in range(n_clicks)]
     return [{k: v for k, v in scores.items() if k != "three_iou"} for scores in of_each]
+
+
+def _clicked(labels: np.ndarray) -> np.ndarray:
+    """Numbers of the instances that are large enough to be measured."""
+    ids, areas = np.unique(labels[labels > 0], return_counts=True)
+    return ids[areas >= AREA_RANGE[0] * labels.size]
 
 
 def _corrected_answers(predictor, truth, rng, n_clicks) -> tuple[list, list]:
@@ -469,12 +473,13 @@ def measure_files(paths: Sequence[str | Path], *, n: int = 24) -> None:
     shares = ", ".join(f"1/{zoom:.3g}" for zoom in ZOOMS)
     print(f"IoU of the best mask, of the best of three and of the preferred, crops of {shares}")
     for path in paths:
-        found = evaluate_zooms(load_sam(path), *test, rng=np.random.default_rng(0), zooms=ZOOMS)
+        model = load_sam(path)
+        found = evaluate_zooms(model, *test, rng=np.random.default_rng(0), zooms=ZOOMS)
         scores = "  ".join(
             f"{s['oracle_iou']:.3f} {s['three_iou']:.3f} {s['picked_iou']:.3f}" for s in found
         )
         print(f"{Path(path).stem:16s} {found[0]['n']} glands:  {scores}", flush=True)
-        found = evaluate_corrections(load_sam(path), *test, rng=np.random.default_rng(0))
+        found = evaluate_corrections(model, *test, rng=np.random.default_rng(0))
         scores = "  ".join(f"{s['oracle_iou']:.3f} {s['picked_iou']:.3f}" for s in found)
         print(f"{'':16s} after 1 to {len(found)} clicks, best and preferred:  {scores}", flush=True)
 

@@ -56,15 +56,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         wrong = {
-            "steps": self.steps < 1,
             "minutes": self.minutes is not None and not self.minutes > 0,
             "rate": not self.rate > 0,
             "warmup": self.warmup < 0,
             "decay_from": not 0 <= self.decay_from < 1,
             "ema": not 0 <= self.ema < 1,
         }
-        given = {name: getattr(self, name, None) for name in _COUNTS}
-        wrong |= {n: v < 1 for n, v in given.items() if isinstance(v, int)}
+        counts = {name: getattr(self, name, None) for name in _COUNTS}
+        wrong |= {name: n < 1 for name, n in counts.items() if isinstance(n, int)}
         if names := [name for name, bad in wrong.items() if bad]:
             given = ", ".join(f"{name} = {getattr(self, name)}" for name in names)
             raise ValueError(

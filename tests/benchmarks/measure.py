@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from helpers import runs
 
 #: Timers by name: of the machine, and of this process alone, which other work does not lengthen.
 TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -64,17 +62,14 @@ def peak_memory(device: str | torch.device) -> float:
     """Largest memory so far, GB: of the process, on a GPU what its tensors took there."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if (peak := _status("VmHWM")) is not None:
-        return peak  # Linux starts ru_maxrss at what the process that started this one had
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return runs.peak_memory()
 
 
 def resident_memory(device: str | torch.device) -> float:
     """Memory in use now, GB, as for :func:`peak_memory`."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated() / 1e9
-    now = _status("VmRSS")
+    now = runs.status_of_process("VmRSS")
     return peak_memory(device) if now is None else now
 
 
@@ -82,11 +77,3 @@ def hand_back() -> None:
     """Hand freed blocks back to the system, which glibc keeps otherwise."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(field: str) -> float | None:
-    """A field of what Linux says of this process, GB; None elsewhere."""
-    with suppress(OSError):
-        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 / 1e9 if found else None
-    return None
