@@ -884,24 +884,6 @@ def segment_all(
     return join(parts), [read_json(path) for path in rows]
 
 
-def segmentation_map(masks: np.ndarray) -> np.ndarray:
-    """Paint masks into one map, large ones first.
-
-    Parameters
-    ----------
-    masks : (m, H, W) bool ndarray
-
-    Returns
-    -------
-    (H, W) int32 ndarray
-        0 = none; i + 1 = mask i.
-    """
-    painted = np.zeros(masks.shape[1:], np.int32)
-    for i in np.argsort(-masks.sum((1, 2)), kind="stable"):
-        painted[masks[i]] = i + 1
-    return painted
-
-
 def match_glands(
     masks: np.ndarray, instances: np.ndarray, *, min_area: float = 0.0
 ) -> dict[str, float]:

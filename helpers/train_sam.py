@@ -12,6 +12,7 @@ valid masks for one click, corrective clicks with the former mask as input.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import sys
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from helpers import training
 from helpers.crops import centred, inner_edges, reaches
+from helpers.files import read_json, sha256
 from helpers.processes import one_thread
 from helpers.sam import SMALL_SETTINGS, SMALL_WEIGHTS, build_small_sam, decode, load_sam
 from helpers.sam_scenes import Scenes, augment, edges, held_out, prepare
@@ -171,11 +173,15 @@ class Trainee(nn.Module):
     sam : Sam
     bf16 : bool
         Run the networks in lower precision; losses are always computed in full.
+    teacher : Sam, optional
+        Whose answers to a first click are kept, see :meth:`correction_losses`.
     """
 
-    def __init__(self, sam: nn.Module, *, bf16: bool = False) -> None:
+    def __init__(
+        self, sam: nn.Module, *, bf16: bool = False, teacher: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.sam, self.bf16 = sam, bf16
+        self.sam, self.bf16, self.teacher = sam, bf16, teacher
         self.outline = nn.Conv2d(sam.prompt_encoder.embed_dim, 2 * 4, 1)
 
     def _precision(self, x: torch.Tensor) -> torch.autocast:
@@ -218,42 +224,81 @@ class Trainee(nn.Module):
             .detach(),
         }
         if rng.random() < correct:
-            again = self._corrected(batch, features, logits, truth, rng, corrections)
+            again, _ = self._corrected(batch, features, logits, iou, rng, corrections)
             out["mask"] = out["mask"] + 0.5 * again
         out["loss"] = out["mask"] + out["iou_head"] + 0.3 * aux
         return out
 
-    def _corrected(self, batch, features, logits, truth, rng, corrections):
+    def correction_losses(self, batch: dict, rng: np.random.Generator, corrections: int) -> dict:
+        """Losses that teach corrections alone, on a batch from :func:`make_batch`.
+
+        The encoder stays as it is. A first click is answered as the teacher answers it: all masks
+        by their Kullback-Leibler divergence, all predicted IoU by their squared distance.
+        """
+        points = batch["points"][:, :, None]
+        click = points.new_ones(points.shape[:3])
+        with self._precision(points):
+            with torch.no_grad():
+                features = self.sam.image_encoder(batch["pixels"])
+                known, known_iou = decode(self.teacher, features, points, click)
+            logits, iou = decode(self.sam, features, points, click)
+        known, known_iou, logits, iou = (
+            x.float().flatten(0, 1) for x in (known, known_iou, logits, iou)
+        )
+        kept = 100 * _divergence(known, logits) + ((iou - known_iou) ** 2).mean()
+        again, fits = self._corrected(batch, features, logits, iou, rng, corrections)
+        with torch.no_grad():
+            both, either = ((known > 0) & (logits > 0)).sum(), ((known > 0) | (logits > 0)).sum()
+        return {
+            "mask": again,
+            "kept": kept,
+            "same": both / either.clamp(min=1),
+            "second": fits[0].detach(),
+            "last": fits[-1].detach(),
+            "loss": again + kept,
+        }
+
+    def _corrected(self, batch, features, logits, iou, rng, corrections):
         """Corrective clicks: each a point in the error of the former mask, which goes in again.
 
-        Returns the mean loss of the answers to them.
+        The first corrects the mask of the highest predicted IoU, each further one the answer to
+        those before, which is the single mask, as several clicks leave no doubt what they mean.
+        Returns the mean loss of these answers, and their IoU, (corrections,).
         """
         b, p = batch["points"].shape[:2]
         m = min(4, p)
         chosen = batch["chosen"][:, :m]
         target = (batch["targets"][:, :m] * chosen[..., None, None]).sum(2) / 4
         ok = batch["valid"][:, :m].any(-1).float()
-        logits, truth = logits.unflatten(0, (b, p))[:, :m], truth.unflatten(0, (b, p))[:, :m]
-        fit = (truth * chosen[:, :, None]).sum(-1)  # (B, m, 4)
+        ok = ok / ok.sum().clamp(min=1)
+        logits, iou = logits.unflatten(0, (b, p))[:, :m], iou.unflatten(0, (b, p))[:, :m]
+        take = 1 + iou[:, :, 1:].argmax(-1)[..., None, None, None]
+        former = logits.take_along_dim(take, 2)[:, :, 0].detach()
         points = batch["points"][:, :m, None]
-        labels, losses = torch.ones_like(points[..., 0]), []
+        labels, losses, fits = torch.ones_like(points[..., 0]), [], []
         for _ in range(corrections):
-            take = fit[:, :, 1:].argmax(-1)[..., None, None, None]
-            take = take.expand(-1, -1, 1, *logits.shape[-2:])
-            former = logits[:, :, 1:].gather(2, take)[:, :, 0].detach()
             wrong = _error_clicks(former.cpu().numpy() > 0, target.cpu().numpy() > 0.5, rng)
             point, label = (torch.from_numpy(x).to(former.device) for x in wrong)
             scale = self.sam.image_encoder.img_size / former.shape[-1]
             points = torch.cat([points, ((point + 0.5) * scale - 0.5)[:, :, None]], 2)
             labels = torch.cat([labels, label[..., None]], 2)
             with self._precision(points):
-                logits, iou = decode(self.sam, features, points, labels, former)
+                logits, iou = decode(self.sam, features, points, labels, former, outputs="single")
             logits, iou = logits.float(), iou.float()
             loss, fit = pair_losses(logits.flatten(0, 1), target.flatten(0, 1)[:, None])
-            loss, fit = (x[..., 0].unflatten(0, (b, m)) for x in (loss, fit))
-            each = loss[..., 0] + loss[..., 1:].amin(-1) + ((iou - fit) ** 2).mean(-1)
-            losses.append((each * ok).sum() / ok.sum().clamp(min=1))
-        return torch.stack(losses).mean()
+            loss, fit = (x.view(b, m) for x in (loss, fit))
+            losses.append((ok * (loss + (iou[..., 0] - fit) ** 2)).sum())
+            fits.append((ok * fit).sum())
+            former = logits[:, :, 0].detach()
+        return torch.stack(losses).mean(), torch.stack(fits)
+
+
+def _divergence(known: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence of the probabilities of `logits` from the known ones."""
+    p = torch.sigmoid(known)
+    inside = p * (F.logsigmoid(known) - F.logsigmoid(logits))
+    outside = (1 - p) * (F.logsigmoid(-known) - F.logsigmoid(-logits))
+    return (inside + outside).mean()
 
 
 def _error_clicks(mask, target, rng):
@@ -381,8 +426,7 @@ def evaluate_corrections(
 ) -> list[dict[str, float]]:
     """Measure what clicks in what is still wrong add to a first one inside each instance.
 
-    The mask of the highest predicted IoU is corrected: a random pixel of its error is the next
-    click, inside or outside as the truth says, and the mask goes along as a prompt.
+    The clicks and the answers are those of :func:`correct`.
 
     Parameters
     ----------
@@ -398,17 +442,24 @@ def evaluate_corrections(
     Returns
     -------
     list of dict
-        After one click, after two, and so on: ``oracle_iou`` (best of the three masks),
-        ``picked_iou`` and ``recall_50`` of the one that is corrected; ``n``.
+        After one click, after two, and so on: ``iou`` and ``recall_50`` of the answer; ``n``.
     """
     predictor, found = SamPredictor(sam), []
     for image, labels in zip(images, instances, strict=True):
-        predictor.set_image(image)
-        for i in _clicked(labels):
-            found.append(_corrected_answers(predictor, labels == i, rng, n_clicks))
-    iou, score = np.array(found).reshape(-1, 2, n_clicks, 3).swapaxes(0, 1)
-    of_each = [_scores(iou[:, k, None], score[:, k, None]) for k in range(n_clicks)]
-    return [{k: v for k, v in scores.items() if k != "three_iou"} for scores in of_each]
+        if len(ids := _clicked(labels)):
+            predictor.set_image(image)
+            for truth in (labels == i for i in ids):
+                answers = correct(predictor, truth, rng=rng, n_clicks=n_clicks)
+                found.append([(m & truth).sum() / (m | truth).sum() for *_, m in answers])
+    return [
+        {"iou": _mean(iou), "recall_50": _mean(iou >= 0.5), "n": len(iou)}
+        for iou in np.reshape(found, (-1, n_clicks)).T
+    ]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean, NaN of none."""
+    return float(np.mean(values)) if len(values) else np.nan
 
 
 def _clicked(labels: np.ndarray) -> np.ndarray:
@@ -417,20 +468,44 @@ def _clicked(labels: np.ndarray) -> np.ndarray:
     return ids[areas >= AREA_RANGE[0] * labels.size]
 
 
-def _corrected_answers(predictor, truth, rng, n_clicks) -> tuple[list, list]:
-    """IoU with the truth and predicted IoU of the masks after each click, (n_clicks, 3) both."""
-    points, signs, former = [], [], None
-    wrong, iou, score = truth, [], []
+def correct(
+    predictor: SamPredictor, truth: np.ndarray, *, rng: np.random.Generator, n_clicks: int = 4
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Click inside an object, then where the answer is wrong, as one corrects a network.
+
+    The answer to the first click is the mask of the highest predicted IoU, to several the single
+    mask. A random pixel of its error is the next click, inside or outside as the truth says, and
+    the mask goes along as a prompt. Where nothing is wrong, the same is given again.
+
+    Parameters
+    ----------
+    predictor : SamPredictor
+        With the image set.
+    truth : (H, W) bool ndarray
+    rng : numpy.random.Generator
+    n_clicks : int
+
+    Yields
+    ------
+    points : (k, 2) int64 ndarray
+        XY of the clicks up to now.
+    labels : (k,) int64 ndarray
+        1 inside, 0 outside.
+    mask : (H, W) bool ndarray
+    """
+    points, labels = np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
+    wrong, mask, former = truth, None, None
     for _ in range(n_clicks):
-        if wrong.any():  # nothing to correct: the same again
+        if wrong.any():
             y, x = np.argwhere(wrong)[int(rng.integers(wrong.sum()))]
-            points.append((x, y))
-            signs.append(int(truth[y, x]))
-        masks, predicted, low = predictor.predict(np.array(points), np.array(signs), None, former)
-        iou.append((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)))
-        score.append(predicted)
-        former, wrong = low[predicted.argmax()][None], masks[predicted.argmax()] != truth
-    return iou, score
+            points, labels = np.vstack([points, (x, y)]), np.append(labels, int(truth[y, x]))
+            masks, predicted, low = predictor.predict(
+                points, labels, None, former, multimask_output=former is None
+            )
+            best = int(predicted.argmax())
+            mask, former = masks[best], low[best][None]
+            wrong = mask != truth
+        yield points, labels, mask
 
 
 def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
@@ -442,8 +517,7 @@ def _scores(iou: np.ndarray, score: np.ndarray) -> dict[str, float]:
         "oracle_iou": iou.max(1), "three_iou": three.max(1),
         "picked_iou": picked, "recall_50": picked >= 0.5,
     }  # fmt: skip
-    means = {name: float(np.mean(v)) if len(v) else np.nan for name, v in of_each.items()}
-    return {**means, "n": len(iou)}
+    return {name: _mean(v) for name, v in of_each.items()} | {"n": len(iou)}
 
 
 def _answers(sam, image, labels, ids, points, zooms) -> tuple[np.ndarray, np.ndarray]:
@@ -480,8 +554,8 @@ def measure_files(paths: Sequence[str | Path], *, n: int = 24) -> None:
         )
         print(f"{Path(path).stem:16s} {found[0]['n']} glands:  {scores}", flush=True)
         found = evaluate_corrections(model, *test, rng=np.random.default_rng(0))
-        scores = "  ".join(f"{s['oracle_iou']:.3f} {s['picked_iou']:.3f}" for s in found)
-        print(f"{'':16s} after 1 to {len(found)} clicks, best and preferred:  {scores}", flush=True)
+        scores = "  ".join(f"{s['iou']:.3f}" for s in found)
+        print(f"{'':16s} corrected, after 1 to {len(found)} clicks:  {scores}", flush=True)
 
 
 # --------------------------------------------------------------------------- training
@@ -493,8 +567,10 @@ class Recipe(training.Recipe):
 
     ``start`` is a file of weights to go on from; without it the encoder starts from ImageNet, or,
     with ``pretrained=False``, at random. In a share ``correct`` of the steps some prompts get so
-    many ``corrections``, clicks where the last mask is wrong. ``bf16`` pays on a GPU, and on a CPU
-    only where it has instructions for it: without them it is many times slower than full precision.
+    many ``corrections``, clicks where the last mask is wrong. With ``only_corrections`` the decoder
+    learns these alone, and answers a first click as ``start`` does. ``bf16`` pays on a GPU, and on
+    a CPU only where it has instructions for it: without them it is many times slower than full
+    precision.
     """
 
     steps: int = 3000
@@ -512,8 +588,17 @@ class Recipe(training.Recipe):
     decay_from: float = 0.6
     correct: float = 0.3
     corrections: int = 3
+    only_corrections: bool = False
     pretrained: bool = True
     start: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.only_corrections and not self.start:
+            raise ValueError(
+                "only_corrections teaches corrections to weights that answer a first click "
+                "already: say to which with start, such as 'small'"
+            )
 
 
 def load_imagenet(body: nn.Module, kind: str) -> None:
@@ -556,6 +641,13 @@ class Batches(torch.utils.data.Dataset):
         return make_batch(self.scenes, rng, images=r.images, prompts=r.prompts, size=r.image_size)
 
 
+def _history(start: str) -> dict[str, Any] | None:
+    """Log of the training that weights come from, with their digest, if it lies beside them."""
+    path = SMALL_WEIGHTS if start == "small" else Path(start)
+    log = path.with_suffix(".json")
+    return {"sha256": sha256(path), **read_json(log)} if log.exists() else None
+
+
 def _architecture(recipe: Recipe) -> dict[str, int | str]:
     """Arguments of :func:`helpers.sam.build_small_sam`."""
     return {key: getattr(recipe, key) for key in SMALL_SETTINGS}
@@ -589,14 +681,16 @@ class Trainer(training.Trainer):
         workers: int = 0,
     ) -> None:
         torch.manual_seed(recipe.seed)
-        sam = self._build(recipe)
+        sam, self.before = self._build(recipe), None
         if recipe.start:
             sam.load_state_dict(load_sam(recipe.start).state_dict())
+            self.before = _history(recipe.start)
         elif recipe.pretrained:
             load_imagenet(sam.image_encoder.body, recipe.body)
-        model = Trainee(sam, bf16=recipe.bf16)
+        teacher = copy.deepcopy(sam) if recipe.only_corrections else None
+        model = Trainee(sam, bf16=recipe.bf16, teacher=teacher)
         body = list(sam.image_encoder.body.parameters())
-        known = {id(q) for q in body}
+        known = {id(q) for part in (body, teacher.parameters() if teacher else ()) for q in part}
         rest = [q for q in model.parameters() if id(q) not in known]
         super().__init__(
             recipe,
@@ -610,6 +704,9 @@ class Trainer(training.Trainer):
             weight_decay=recipe.weight_decay,
         )
         sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
+        if teacher:
+            teacher.requires_grad_(False)
+            sam.image_encoder.requires_grad_(False)
         if recipe.bf16 and self.device.type == "cpu":
             _depthwise_in_full(sam.image_encoder)
         self.scenes, self.test, self.workers = scenes, test, workers
@@ -640,6 +737,8 @@ class Trainer(training.Trainer):
         """Losses of a batch of crops with clicks."""
         rng = np.random.default_rng([self.recipe.seed, 2, self.step])
         r = self.recipe
+        if r.only_corrections:
+            return self.model.correction_losses(self._batch(), rng, r.corrections)
         return self.model.losses(self._batch(), rng, correct=r.correct, corrections=r.corrections)
 
     def averaged(self):
@@ -649,10 +748,14 @@ class Trainer(training.Trainer):
         return sam.to(self.device)
 
     def evaluate(self) -> dict[str, float]:
-        """IoU of one click in each gland of the held-out images."""
+        """IoU of one click in each gland of the held-out images, and of corrections if learnt."""
         if self.test is None:
             return {}
-        score = evaluate(self.averaged(), *self.test, rng=np.random.default_rng(0))
+        model = self.averaged()
+        score = evaluate(model, *self.test, rng=np.random.default_rng(0))
+        if self.recipe.only_corrections:
+            found = evaluate_corrections(model, *self.test, rng=np.random.default_rng(0))
+            score |= {f"after_{k}": s["iou"] for k, s in enumerate(found, 1)}
         return {f"held_out_{key}": value for key, value in score.items()}
 
 
@@ -714,7 +817,8 @@ def export(trainer: Trainer, path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in trainer.average.items()}
     said = {"kind": "sam_small", **_architecture(trainer.recipe), "step": trainer.step}
     write_weights(path, state, {key: str(value) for key, value in said.items()})
-    trainer.write_log(path, scenes=len(trainer.scenes))
+    before = {"start": trainer.before} if trainer.before else {}
+    trainer.write_log(path, scenes=len(trainer.scenes), **before)
     _write_card(trainer, path)
 
 
@@ -753,6 +857,8 @@ def _write_card(trainer: Trainer, path: Path) -> None:
     start = package if r.pretrained else "random weights"
     if r.start:
         start = f"the weights {r.start!r}"
+        if trainer.before:
+            start += f" with the SHA-256 `{trainer.before['sha256']}`"
         start += f", which started from {package}" if r.start == "small" else ""
     score = "not measured"
     if "held_out_oracle_iou" in last:
@@ -762,6 +868,11 @@ def _write_card(trainer: Trainer, path: Path) -> None:
             f"glands): IoU of the best of three masks {last['held_out_oracle_iou']:.3f}, of the "
             f"mask with the highest predicted IoU {last['held_out_picked_iou']:.3f}"
         )
+        after = [last[key] for key in sorted(last) if key.startswith("held_out_after_")]
+        if after:
+            score += f"; after 1 to {len(after)} clicks, each where the last answer is wrong, "
+            score += ", ".join(f"{x:.3f}" for x in after)
+    learnt = ", corrections alone" if r.only_corrections else ""
     training.write_card(
         trainer, path,
         "A small, class-agnostic, point-prompted `segment_anything.modeling.Sam`.",
@@ -771,7 +882,7 @@ def _write_card(trainer: Trainer, path: Path) -> None:
         data=f"{len(trainer.scenes)} drawn scenes: tissue phantoms (`helpers.phantom`) and random "
         "textures and shapes; no real annotated tissue",
         command=command_line(r),
-        batch=f"{r.images} images with {r.prompts} clicks each",
+        batch=f"{r.images} images with {r.prompts} clicks each{learnt}",
         score=score,
     )  # fmt: skip
 

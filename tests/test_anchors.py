@@ -29,7 +29,6 @@ from helpers.anchors import (
     repeated,
     segment,
     segment_all,
-    segmentation_map,
     settled,
     take,
 )
@@ -531,13 +530,6 @@ def test_a_gpu_gives_the_anchors_of_the_cpu(early_stop):
     )  # fmt: skip
     assert len(there) == len(here)
     assert np.diag(iou_matrix(there.masks, here.masks)).min() > 0.95
-
-
-def test_small_segments_stay_visible_in_the_map():
-    masks = np.stack([_disc((40, 40), (20, 20), 4), _disc((40, 40), (20, 20), 15)])
-    painted = segmentation_map(masks)
-    assert painted.dtype == np.int32 and painted[20, 20] == 1 and painted[20, 30] == 2
-    assert painted[0, 0] == 0
 
 
 def test_segment_is_complete_and_repeatable(random_sam):

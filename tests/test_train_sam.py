@@ -194,9 +194,11 @@ def answers(monkeypatch):
     sam.image_encoder, sam.prompt_encoder = encoder, SimpleNamespace(embed_dim=8)
     asked = []
 
-    def decode(_, features, *question):
+    def decode(_, features, *question, outputs="all"):
         asked.append(question)
-        return given[len(asked) - 1]
+        logits, iou = given[len(asked) - 1]
+        first = slice(None, {"all": None, "single": 1}[outputs])
+        return logits[:, :, first], iou[:, :, first]
 
     monkeypatch.setattr(train_sam, "decode", decode)
     return train_sam.Trainee(sam), batch, given, asked
@@ -232,48 +234,55 @@ def test_losses_of_a_batch_are_those_written_out(answers):
     assert torch.equal(points[:, :, 0], batch["points"]) and (labels == 1).all()
 
 
-def test_a_second_click_comes_with_the_former_mask_and_is_learnt(answers):
-    trainee, batch, given, asked = answers
-    out = trainee.losses(batch, np.random.default_rng(0), correct=1.0)
-    (points, labels, former), (again, iou), rows = asked[1], given[1], []
-    for i, j in np.argwhere(batch["valid"].any(-1).numpy()):
-        one = int(batch["chosen"][i, j].argmax())
-        target = batch["targets"][i, j, one][None, None] / 4
-        fit = pair_losses(given[0][0][i, j][None], target)[1][0, :, 0]
-        assert torch.equal(former[i, j], given[0][0][i, j, 1 + int(fit[1:].argmax())])
-        assert torch.equal(points[i, j, 0], batch["points"][i, j]) and labels[i, j, 0] == 1
-        x, y = ((points[i, j, 1] + 0.5) / 2 - 0.5).int().tolist()  # cells of 2 x 2 pixels
-        truth = bool(target[0, 0, y, x] > 0.5)
-        assert labels[i, j, 1] == truth != bool(former[i, j, y, x] > 0)
-        loss, fit = pair_losses(again[i, j][None], target)
-        loss, fit = loss[0, :, 0], fit[0, :, 0]
-        rows.append(loss[0] + loss[1:].min() + ((iou[i, j] - fit) ** 2).mean())
-    asked.clear()
-    alone = trainee.losses(batch, np.random.default_rng(0), correct=0.0)["mask"]
-    torch.testing.assert_close(out["mask"], alone + 0.5 * torch.stack(rows).mean())
-
-
-def test_further_clicks_correct_the_mask_after_the_last(answers):
-    trainee, batch, given, asked = answers
-    out = trainee.losses(batch, np.random.default_rng(0), correct=1.0, corrections=3)
-    assert [question[0].shape[2] for question in asked] == [1, 2, 3, 4]
-    means = []
-    for k in (1, 2, 3):
+def _corrections_written_out(batch, given, asked):
+    """Loss of the answers to each further click, as the paper of Segment Anything corrects."""
+    means, fits = [], []
+    for k in range(1, len(asked)):
         (points, labels, former), (logits, iou), rows = asked[k], given[k], []
-        assert torch.equal(points[:, :, :k], asked[k - 1][0]) and former.shape[1] == 3
+        assert torch.equal(points[:, :, :k].squeeze(2), asked[k - 1][0].squeeze(2))
         assert torch.equal(labels[:, :, :k], asked[k - 1][1])
         for i, j in np.argwhere(batch["valid"].any(-1).numpy()):
             target = batch["targets"][i, j, int(batch["chosen"][i, j].argmax())][None, None] / 4
-            best = pair_losses(given[k - 1][0][i, j][None], target)[1][0, 1:, 0].argmax()
-            assert torch.equal(former[i, j], given[k - 1][0][i, j, 1 + int(best)])
-            x, y = ((points[i, j, k] + 0.5) / 2 - 0.5).int().tolist()
+            last = 1 + int(given[0][1][i, j, 1:].argmax()) if k == 1 else 0
+            assert torch.equal(former[i, j], given[k - 1][0][i, j, last])
+            x, y = ((points[i, j, k] + 0.5) / 2 - 0.5).int().tolist()  # cells of 2 x 2 pixels
             assert labels[i, j, k] == bool(target[0, 0, y, x] > 0.5) != bool(former[i, j, y, x] > 0)
-            loss, fit = (x[0, :, 0] for x in pair_losses(logits[i, j][None], target))
-            rows.append(loss[0] + loss[1:].min() + ((iou[i, j] - fit) ** 2).mean())
-        means.append(torch.stack(rows).mean())
+            loss, fit = (x[0, 0, 0] for x in pair_losses(logits[i, j, :1][None], target))
+            rows.append([loss + (iou[i, j, 0] - fit) ** 2, fit])
+        loss, fit = torch.tensor(rows).mean(0)
+        means.append(loss)
+        fits.append(fit)
+    return torch.stack(means).mean(), fits
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_corrective_clicks_come_with_the_mask_after_the_last_and_are_learnt(answers, n):
+    trainee, batch, given, asked = answers
+    out = trainee.losses(batch, np.random.default_rng(0), correct=1.0, corrections=n)
+    assert [question[0].shape[2] for question in asked] == list(range(1, 2 + n))
+    assert torch.equal(asked[0][0][:, :, 0], batch["points"]) and (asked[0][1] == 1).all()
+    again, _ = _corrections_written_out(batch, given, asked)
     asked.clear()
     alone = trainee.losses(batch, np.random.default_rng(0), correct=0.0)["mask"]
-    torch.testing.assert_close(out["mask"], alone + 0.5 * torch.stack(means).mean())
+    torch.testing.assert_close(out["mask"], alone + 0.5 * again)
+
+
+def test_corrections_alone_are_learnt_beside_the_answers_of_the_teacher(answers):
+    trainee, batch, given, asked = answers
+    known = (torch.flip(given[0][0], (2,)), 1 - given[0][1])
+    given.insert(0, known)  # the teacher is asked first
+    out = trainee.correction_losses(batch, np.random.default_rng(0), 3)
+    assert all(torch.equal(a, b) for a, b in zip(asked[0], asked[1], strict=True))
+    again, fits = _corrections_written_out(batch, given[1:], asked[1:])
+    probable = (torch.distributions.Bernoulli(logits=x) for x in (known[0], given[1][0]))
+    kept = 100 * torch.distributions.kl_divergence(*probable).mean()
+    kept = kept + ((known[1] - given[1][1]) ** 2).mean()
+    one, two = known[0] > 0, given[1][0] > 0
+    expected = {"mask": again, "kept": kept, "second": fits[0], "last": fits[-1],
+                "same": (one & two).sum() / (one | two).sum(), "loss": again + kept}  # fmt: skip
+    assert out.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(out[name], value, msg=name)
 
 
 class Stepwise:
@@ -283,12 +292,13 @@ class Stepwise:
         self.asked = []
         self.truth = image[..., 0] > 0
 
-    def predict(self, points, labels, box, former):
+    def predict(self, points, labels, box, former, multimask_output):
         self.asked.append((points.copy(), labels.copy(), former))
-        masks = np.stack([np.roll(self.truth, 3 - len(points), 0)] * 3)
-        masks[1:] = False
-        low = np.full((3, 4, 4), len(points), np.float32)
-        return masks, np.array([0.9, 0.2, 0.1]), low
+        mask, low = np.roll(self.truth, 3 - len(points), 0), np.zeros((4, 4), np.float32)
+        if multimask_output:  # an empty one, which is not preferred
+            low = np.stack([low - 1, low + len(points)])
+            return np.stack([mask & False, mask]), np.array([0.2, 0.9]), low
+        return mask[None], np.array([0.5]), low[None] + len(points)
 
 
 def test_corrections_are_clicks_in_what_is_wrong(monkeypatch):
@@ -301,14 +311,11 @@ def test_corrections_are_clicks_in_what_is_wrong(monkeypatch):
     rng = np.random.default_rng(0)
     found = train_sam.evaluate_corrections(None, [image], [labels], rng=rng, n_clicks=5)
     ious = [6 / 10, 7 / 9, 1, 1, 1]  # two rows off, one, none: and nothing more to click on
-    assert [s["picked_iou"] for s in found] == pytest.approx(ious)
-    assert [s["oracle_iou"] for s in found] == pytest.approx(ious)
-    assert [s["n"] for s in found] == [1] * 5 and set(found[0]) == {
-        "oracle_iou", "picked_iou", "recall_50", "n",
-    }  # fmt: skip
+    assert [s["iou"] for s in found] == pytest.approx(ious)
+    assert all(s.keys() == {"iou", "recall_50", "n"} and s["n"] == 1 for s in found)
     asked = predictor.asked
-    assert [len(points) for points, _, _ in asked] == [1, 2, 3, 3, 3]
-    assert asked[0][2] is None and [int(a[2].max()) for a in asked[1:]] == [1, 2, 3, 3]
+    assert [len(points) for points, _, _ in asked] == [1, 2, 3]
+    assert asked[0][2] is None and [int(a[2].min()) for a in asked[1:]] == [1, 2]
     truth = labels == 3
     for (points, signs, _), shift in zip(asked[1:3], (2, 1), strict=True):
         x, y = points[-1]
@@ -462,8 +469,11 @@ def test_images_without_a_gland_are_no_part_of_a_score(folder):
                     rng=np.random.default_rng(0))  # fmt: skip
     one = evaluate(sam, images[:1], instances[:1], rng=np.random.default_rng(0))
     assert both == one and one["n"] > 0
-    none = evaluate(sam, images[:1], [np.zeros((96, 96), int)], rng=np.random.default_rng(0))
+    nothing = images[:1], [np.zeros((96, 96), int)]
+    none = evaluate(sam, *nothing, rng=np.random.default_rng(0))
     assert none["n"] == 0 and np.isnan(none["oracle_iou"])
+    none = train_sam.evaluate_corrections(sam, *nothing, rng=np.random.default_rng(0), n_clicks=2)
+    assert [s["n"] for s in none] == [0, 0] and np.isnan(none[1]["iou"])
 
 
 def test_scenes_that_are_not_there_are_named(tmp_path):
@@ -543,8 +553,8 @@ def test_weights_are_measured_by_name_and_by_path(folder, tmp_path, monkeypatch,
     export(Trainer(RECIPE, Scenes(folder / "scenes")), file)
     main(["--measure", "small", str(file)])
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["small", "after", "mine", "after"]
-    assert len(lines[1].split(":")[1].split()) == 2 * 4
+    assert [line.split()[0] for line in lines] == ["small", "corrected,", "mine", "corrected,"]
+    assert len(lines[1].split(":")[1].split()) == 4
     best, of_three, preferred = map(float, lines[0].split(":")[1].split()[:3])
     assert 0 < preferred <= of_three == best <= 1
 
@@ -568,3 +578,38 @@ def test_a_run_can_go_on_from_weights(folder, tmp_path):
         torch.testing.assert_close(value, first.average[key], rtol=2e-3, atol=2e-3)
     export(second, tmp_path / "b.safetensors")
     assert "--start" in (tmp_path / "b.md").read_text()
+
+
+def test_corrections_alone_leave_the_encoder_and_the_teacher_as_they_are(folder, tmp_path):
+    first = Trainer(RECIPE, Scenes(folder / "scenes"))
+    first.advance()
+    export(first, tmp_path / "a.safetensors")
+    recipe = replace(RECIPE, start=str(tmp_path / "a.safetensors"), only_corrections=True)
+    trainer = Trainer(recipe, Scenes(folder / "scenes"), test=held_out(1, size=96))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    losses = trainer.advance()
+    assert losses["kept"] == 0 and losses["same"] == 1  # nothing is learnt yet
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.split(".")[1] for k in changed} == {"prompt_encoder", "mask_decoder"}
+    assert all(k.startswith("sam.") for k in changed)
+    score = trainer.evaluate()
+    assert {f"held_out_after_{k}" for k in (1, 2, 3, 4)} <= score.keys()
+    trainer.save(tmp_path / "checkpoint.pt")
+    again = Trainer(recipe, Scenes(folder / "scenes"))
+    again.resume(tmp_path / "checkpoint.pt")
+    assert trainer.advance() == pytest.approx(again.advance(), rel=1e-4)
+    trainer.curve = [score]
+    export(trainer, tmp_path / "b.safetensors")
+    start, now = (load_sam(tmp_path / f"{name}.safetensors").state_dict() for name in "ab")
+    differ = {k.split(".")[0] for k, v in now.items() if not torch.equal(v, start[k])}
+    assert differ == {"prompt_encoder", "mask_decoder"}
+    log = json.loads((tmp_path / "b.json").read_text())
+    assert log["start"]["recipe"] == json.loads((tmp_path / "a.json").read_text())["recipe"]
+    card = (tmp_path / "b.md").read_text()
+    assert log["start"]["sha256"] in card and "corrections alone" in card
+    assert f"where the last answer is wrong, {score['held_out_after_1']:.3f}, " in card
+
+
+def test_corrections_alone_need_weights_to_start_from():
+    with pytest.raises(ValueError, match=r"only_corrections .* say to which with start"):
+        Recipe(only_corrections=True)
