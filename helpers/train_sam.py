@@ -202,7 +202,8 @@ class Trainee(nn.Module):
         aux = F.binary_cross_entropy_with_logits(
             outline, batch["outlines"], pos_weight=outline.new_tensor(3.0)
         )
-        logits, iou = logits.float().flatten(0, 1), iou.float().flatten(0, 1)
+        answers = logits.float(), iou.float()
+        logits, iou = (x.flatten(0, 1) for x in answers)
         targets = batch["targets"].flatten(0, 1) / 4
         any_valid = valid.any(1).float()
         loss, truth = pair_losses(logits, targets)
@@ -224,7 +225,7 @@ class Trainee(nn.Module):
             .detach(),
         }
         if rng.random() < correct:
-            again, _ = self._corrected(batch, features, logits, iou, rng, corrections)
+            again, _ = self._corrected(batch, features, *answers, rng, corrections)
             out["mask"] = out["mask"] + 0.5 * again
         out["loss"] = out["mask"] + out["iou_head"] + 0.3 * aux
         return out
@@ -242,9 +243,7 @@ class Trainee(nn.Module):
                 features = self.sam.image_encoder(batch["pixels"])
                 known, known_iou = decode(self.teacher, features, points, click)
             logits, iou = decode(self.sam, features, points, click)
-        known, known_iou, logits, iou = (
-            x.float().flatten(0, 1) for x in (known, known_iou, logits, iou)
-        )
+        known, known_iou, logits, iou = (x.float() for x in (known, known_iou, logits, iou))
         kept = 100 * _divergence(known, logits) + ((iou - known_iou) ** 2).mean()
         again, fits = self._corrected(batch, features, logits, iou, rng, corrections)
         with torch.no_grad():
@@ -271,7 +270,7 @@ class Trainee(nn.Module):
         target = (batch["targets"][:, :m] * chosen[..., None, None]).sum(2) / 4
         ok = batch["valid"][:, :m].any(-1).float()
         ok = ok / ok.sum().clamp(min=1)
-        logits, iou = logits.unflatten(0, (b, p))[:, :m], iou.unflatten(0, (b, p))[:, :m]
+        logits, iou = logits[:, :m], iou[:, :m]
         take = 1 + iou[:, :, 1:].argmax(-1)[..., None, None, None]
         former = logits.take_along_dim(take, 2)[:, :, 0].detach()
         points = batch["points"][:, :m, None]
@@ -689,24 +688,21 @@ class Trainer(training.Trainer):
             load_imagenet(sam.image_encoder.body, recipe.body)
         teacher = copy.deepcopy(sam) if recipe.only_corrections else None
         model = Trainee(sam, bf16=recipe.bf16, teacher=teacher)
-        body = list(sam.image_encoder.body.parameters())
-        known = {id(q) for part in (body, teacher.parameters() if teacher else ()) for q in part}
-        rest = [q for q in model.parameters() if id(q) not in known]
-        super().__init__(
-            recipe,
-            model,
-            device,
-            averaged=sam,
-            groups=[
+        if teacher:
+            decoder = [*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters()]
+            groups = [{"params": decoder, "lr": recipe.rate}]
+        else:
+            body = list(sam.image_encoder.body.parameters())
+            known = {id(q) for q in body}
+            rest = [q for q in model.parameters() if id(q) not in known]
+            groups = [
                 {"params": rest, "lr": recipe.rate},
                 {"params": body, "lr": recipe.body_rate},
-            ],
-            weight_decay=recipe.weight_decay,
+            ]
+        super().__init__(
+            recipe, model, device, averaged=sam, groups=groups, weight_decay=recipe.weight_decay
         )
         sam.image_encoder.body.eval()  # statistics of ImageNet stay as they are
-        if teacher:
-            teacher.requires_grad_(False)
-            sam.image_encoder.requires_grad_(False)
         if recipe.bf16 and self.device.type == "cpu":
             _depthwise_in_full(sam.image_encoder)
         self.scenes, self.test, self.workers = scenes, test, workers

@@ -320,6 +320,7 @@ class Trainer:
         The part of `model` whose weights are averaged; by default all.
     groups : sequence of dict, optional
         Parameters and largest learning rates ("lr") of the optimiser; by default all at one rate.
+        What no group names stays as it is.
     **adamw
         Further settings of :class:`torch.optim.AdamW`.
 
@@ -352,9 +353,13 @@ class Trainer:
     ) -> None:
         self.recipe, self.device = recipe, torch.device(torch_device(device))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.model.train().requires_grad_(True)
-        groups = groups or [{"params": list(model.parameters()), "lr": recipe.rate}]
-        groups = [{**group, "largest": group["lr"]} for group in groups]
+        self.model.train().requires_grad_(False)
+        groups = groups or [{"params": model.parameters(), "lr": recipe.rate}]
+        groups = [
+            {**group, "params": list(group["params"]), "largest": group["lr"]} for group in groups
+        ]
+        for parameter in (p for group in groups for p in group["params"]):
+            parameter.requires_grad_(True)
         self.optimiser = torch.optim.AdamW(groups, **adamw)
         self.averaged_part = self.model if averaged is None else averaged
         self.average = {k: v.clone() for k, v in self.averaged_part.state_dict().items()}

@@ -102,6 +102,16 @@ def test_a_part_may_be_averaged_and_groups_have_their_rates():
     assert [g["lr"] for g in trainer.optimiser.param_groups] == pytest.approx([0.0025, 0.025])
 
 
+def test_what_no_group_names_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = Trainer(RECIPE, model, groups=[{"params": model[1].parameters(), "lr": 0.1}])
+    trainer.loss = lambda: {"loss": model(torch.ones(1, 2)).square().sum()}
+    trainer.advance()
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert same == [True, True, False, False]
+
+
 @pytest.mark.parametrize("stopped", [1, 3, 5])
 def test_a_stopped_run_ends_as_an_unbroken_one(stopped, tmp_path):
     whole = Line().run(every=2, score_every=3, log=None)
